@@ -1,0 +1,49 @@
+"""Rebuild large language models from published weight deltas, and prove that what came out is right."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaylingDeltaError",
+    "Checkpoint",
+    "Plan",
+    "Problem",
+    "TensorRef",
+    "__version__",
+    "apply",
+    "make_plan",
+    "open_checkpoint",
+    "plan_apply",
+    "weights_digest",
+]
+
+if TYPE_CHECKING:
+    from bayling_delta.api import apply, plan_apply
+    from bayling_delta.checkpoint import Checkpoint, open_checkpoint
+    from bayling_delta.errors import BaylingDeltaError, Problem
+    from bayling_delta.manifest import weights_digest
+    from bayling_delta.plan import Plan, make_plan
+    from bayling_delta.tensors import TensorRef
+
+_HOMES = {
+    "BaylingDeltaError": "errors",
+    "Checkpoint": "checkpoint",
+    "Plan": "plan",
+    "Problem": "errors",
+    "TensorRef": "tensors",
+    "apply": "api",
+    "make_plan": "plan",
+    "open_checkpoint": "checkpoint",
+    "plan_apply": "api",
+    "weights_digest": "manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that the command line starts at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,267 @@
+"""What the program does, as functions: open, plan, run, write down. The command line is a thin shell on these."""
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+
+from bayling_delta import __version__, companions, engine
+from bayling_delta.checkpoint import Checkpoint, open_checkpoint
+from bayling_delta.engine import DEFAULT_THREADS, Outcome, Progress
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.files import output_problems, staged_directory, write_file
+from bayling_delta.manifest import (
+    MANIFEST_NAME,
+    SUMS_NAME,
+    TensorDigest,
+    file_entry,
+    parse_digest,
+    result_section,
+    small_file_entry,
+    sums_text,
+    to_json,
+    weights_digest,
+)
+from bayling_delta.model_card import model_card
+from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, ReadList, make_plan
+from bayling_delta.sinks import DirectorySink
+from bayling_delta.tensors import DTYPES
+
+__all__ = ["apply", "plan_apply", "plan_document"]
+
+_SMALL_FILES_BYTES: Final = 16 << 20
+"""What configuration, tokenizer, index and manifest may need on the disk, generously."""
+
+
+def plan_apply(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    allow: Collection[str] = (),
+) -> Plan:
+    """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
+
+    ``dtype`` is F16, BF16 or F32 to cast the result, None to keep the delta's; sizes are in bytes; ``allow``
+    names the kinds of problem to overrule.
+
+    Raises:
+        BaylingDeltaError: with everything that can be seen to be wrong.
+    """
+    problems: list[Problem] = []
+    with _collected(problems):
+        base_checkpoint = open_checkpoint(base)
+    with _collected(problems):
+        delta_checkpoint = open_checkpoint(delta)
+    readable = not problems
+    needed = _SMALL_FILES_BYTES
+    if readable:
+        needed += sum(ref.elements * DTYPES[dtype or ref.dtype] for ref in delta_checkpoint.weights.values())
+    problems += output_problems(out, needed)
+    problems += [
+        Problem("output_place", str(out), f"lies inside the {side}; choose a place outside the inputs")
+        for side, path in (("base", base), ("delta", delta))
+        if path.resolve() in out.resolve().parents
+    ]
+    if not readable:
+        refuse(problems, allow)
+    return make_plan(
+        base_checkpoint,
+        delta_checkpoint,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        memory_limit=memory_limit,
+        also=problems,
+        allowed=allow,
+    )
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    """Add to ``problems`` what the body cannot read, and go on."""
+    try:
+        yield
+    except CheckpointError as error:
+        problems += error.problems
+
+
+def apply(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    threads: int = DEFAULT_THREADS,
+    direct: bool = True,
+    expect: str | None = None,
+    allow: Collection[str] = (),
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
+
+    The options are those of `plan_apply`; ``threads`` and ``direct`` (reads and writes past the page cache,
+    where the system has them) do not change what comes out. ``expect`` is the weights digest that the result
+    must have. ``out`` appears when it is complete and synced; if anything fails, it does not appear.
+
+    Raises:
+        BaylingDeltaError: what `plan_apply` finds; an input that fails or changes while it is read; a result
+            with non-finite elements or another digest than expected; an output that cannot be written.
+        ValueError: ``expect`` is not a SHA-256.
+    """
+    wanted = parse_digest(expect) if expect is not None else None
+    plan = plan_apply(
+        base, delta, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, allow=allow
+    )
+    with staged_directory(out) as directory:
+        with closing(DirectorySink(directory, direct=direct)) as sink:
+            outcome = engine.run(plan, sink, threads=threads, direct=direct, progress=progress)
+        refuse(_result_problems(plan, outcome, out, wanted), allow)
+        options = {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
+        return _write_down(plan, outcome, directory, wanted, options)
+
+
+def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:
+    """What only the finished sum can show."""
+    problems = [
+        Problem(
+            "non_finite",
+            name,
+            f"{count:,} elements of the sum are infinite or NaN; is this the right base? "
+            "--allow non_finite writes them as they are",
+        )
+        for name, count in outcome.non_finite.items()
+    ]
+    digest = weights_digest(_tensor_digests(plan, outcome))
+    if wanted not in (None, digest):
+        problems.append(Problem("digest", str(out), f"the result's weights digest is {digest}, expected was {wanted}"))
+    return problems
+
+
+def _tensor_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
+    return [
+        TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.tensors[tensor.name]) for tensor in plan.tensors
+    ]
+
+
+def _write_down(
+    plan: Plan,
+    outcome: Outcome,
+    directory: Path,
+    wanted: str | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Write everything but the weights beside them, SHA256SUMS last, and return the manifest."""
+    placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    result = result_section(_tensor_digests(plan, outcome), placed)
+    beside = companions.collect(plan.delta, result["dtype"])
+    manifest: dict[str, Any] = {
+        "schema": "bayling-delta/manifest/1",
+        "ok": True,
+        "tool": {"name": "bayling-delta", "version": __version__},
+        "created": _now(),
+        "operation": "apply",
+        "recipe": plan.recipe,
+        "options": options,
+        "inputs": {
+            "base": _input_section(plan.base, plan.base_reads, outcome.base),
+            "delta": _input_section(plan.delta, plan.delta_reads, outcome.delta),
+        },
+        "result": result,
+        "changes": [{"file": file.name, "change": change} for file in beside for change in file.changes],
+        "verification": [
+            {
+                "what": "the result's weights digest",
+                "against": wanted,
+                "outcome": "match" if wanted else "no record",
+                "source": "--expect" if wanted else None,
+            }
+        ],
+    }
+    small = {file.name: file.data for file in beside}
+    if len(plan.files) > 1:
+        small["model.safetensors.index.json"] = _index(plan, placed)
+    result["files"] = [file_entry(file.name, file.size, outcome.files[file.name]) for file in plan.files]
+    small["README.md"] = model_card(manifest).encode()
+    result["files"] += [small_file_entry(name, data) for name, data in small.items()]
+    small[MANIFEST_NAME] = to_json(manifest).encode()
+    listed = [*result["files"], small_file_entry(MANIFEST_NAME, small[MANIFEST_NAME])]
+    small[SUMS_NAME] = sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode()
+    for name, data in small.items():
+        write_file(directory / name, data)
+    return manifest
+
+
+def _input_section(checkpoint: Checkpoint, reads: ReadList, digests: dict[str, str]) -> dict[str, Any]:
+    """What the manifest says of an input: digested by file, or by tensor."""
+    by_file = digests if reads.digested == "file" else {}
+    whole: str | None = None
+    if reads.digested == "tensor":
+        weights = checkpoint.weights
+        whole = weights_digest(
+            TensorDigest(name, weights[name].dtype, weights[name].shape, digest) for name, digest in digests.items()
+        )
+    return {
+        "name": None,
+        "container": checkpoint.container,
+        "weights_digest": whole,
+        "files": [file_entry(file.path.name, file.size, by_file.get(file.path.name)) for file in checkpoint.files],
+    }
+
+
+def _index(plan: Plan, placed: dict[str, str]) -> bytes:
+    """The shard index, as transformers writes it."""
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _now() -> str:
+    """The time for the manifest, RFC 3339 in UTC; SOURCE_DATE_EPOCH sets it, for builds that must be repeatable."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """The plan as the document ``bayling-delta/plan/1``: what would be read, written and digested, and the memory."""
+    return {
+        "schema": "bayling-delta/plan/1",
+        "ok": True,
+        "operation": "apply",
+        "recipe": plan.recipe,
+        "inputs": {
+            "base": _reads_section(plan.base, plan.base_reads),
+            "delta": _reads_section(plan.delta, plan.delta_reads),
+        },
+        "result": {
+            "parameters": sum(tensor.delta.elements for tensor in plan.tensors),
+            "tensors": sum(1 for _ in plan.tensors),
+            "size": plan.output_bytes,
+            "files": [{"name": file.name, "size": file.size, "tensors": len(file.tensors)} for file in plan.files],
+        },
+        "memory": {
+            "buffers": plan.budget.total_bytes,
+            "chunk": plan.budget.chunk_bytes,
+            "windows": plan.budget.windows,
+            "tile": plan.budget.tile_bytes,
+        },
+        "digested": {"base": plan.base_reads.digested, "delta": plan.delta_reads.digested, "result": "tensor and file"},
+        "notes": list(plan.notes),
+    }
+
+
+def _reads_section(checkpoint: Checkpoint, reads: ReadList) -> dict[str, Any]:
+    return {
+        "container": checkpoint.container,
+        "files": [{"name": file.path.name, "size": file.size} for file in checkpoint.files],
+        "tensors": len(checkpoint.weights),
+        "reads": reads.nbytes,
+    }

@@ -1,0 +1,255 @@
+"""A directory or file of weights, opened as a table of tensor references.
+
+The containers are told apart by their first bytes, an index is checked against every shard's own header,
+and no weights are read.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bayling_delta import safetensors_format, torch_format
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.sources import file_size, list_directory, open_source, read_bytes, read_file
+from bayling_delta.tensors import TensorRef
+
+__all__ = ["EMBEDDING", "HEAD", "Checkpoint", "WeightFile", "is_rotary_buffer", "open_checkpoint"]
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+JSON_CAP: Final = 100_000_000
+"""Bytes of an index or configuration file; far above any real one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One file of weights."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    modified_ns: int
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What would differ if the file were changed: its size and time of change."""
+        return self.size, self.modified_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state dict on disk, whatever its container and sharding."""
+
+    path: Path
+    """As the user named it."""
+    directory: Path
+    """Where configuration and tokenizer lie."""
+    container: str
+    """``safetensors`` or ``torch``."""
+    files: tuple[WeightFile, ...]
+    """In the order of the index, or of their names."""
+    tensors: dict[str, TensorRef]
+    """Everything that the files hold."""
+    config: dict[str, Any] | None
+    """config.json, where there is one."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how this was opened."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head.weight is the embedding under another name, by config.json or by sharing its bytes."""
+        said = (self.config or {}).get("tie_word_embeddings")
+        if said is not None:
+            return bool(said)
+        return HEAD in self.tensors and self.tensors[HEAD] == self.tensors.get(EMBEDDING)
+
+    @property
+    def weights(self) -> dict[str, TensorRef]:
+        """The tensors that count: without rotary buffers, and without a tied lm_head.weight."""
+        left_out = {HEAD} if self.tied and EMBEDDING in self.tensors else set()
+        return {name: ref for name, ref in self.tensors.items() if name not in left_out and not is_rotary_buffer(name)}
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Whether a tensor is a rotary frequency table: computed on loading, stored until transformers 4.31."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a directory, a single weights file or a shard index, reading only headers.
+
+    Raises:
+        CheckpointError: with every problem found in it.
+    """
+    if file_size(path) is not None:
+        directory = path.parent
+        if path.suffix == ".json":
+            return _open_shards(path, directory, _read_index(path), ())
+        return _open_shards(path, directory, {path.name: None}, ())
+    names = list_directory(path)
+    for container, single, index, pattern in _LAYOUTS:
+        if single in names:
+            found: dict[str, list[str] | None] = {single: None}
+        elif index in names:
+            found = _read_index(path / index)
+        elif shards := [name for name in names if re.fullmatch(pattern, name)]:
+            found = dict.fromkeys(shards)
+        else:
+            continue
+        notes: tuple[str, ...] = ()
+        if container == "safetensors" and any(re.fullmatch(_LAYOUTS[1][3], name) for name in names):
+            notes = (f"{path}: has both containers; the safetensors files are taken, as transformers does",)
+        return _open_shards(path, path, found, notes)
+    raise CheckpointError(Problem("not_found", str(path), _no_weights(names)))
+
+
+_LAYOUTS: Final = (
+    # container, one file, index, shards; in the order in which transformers looks for them
+    ("safetensors", "model.safetensors", "model.safetensors.index.json", r"model.*\.safetensors"),
+    ("torch", "pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model.*\.bin"),
+)
+
+
+def _no_weights(names: list[str]) -> str:
+    if "params.json" in names or any(name.startswith("consolidated.") for name in names):
+        return "is a folder in Meta's own format, which is not read yet; convert it to HuggingFace format first"
+    return "has no model*.safetensors and no pytorch_model*.bin; name the directory that holds the weights"
+
+
+def _read_index(path: Path) -> dict[str, list[str] | None]:
+    """The files that an index names, in its order, each with the tensors it should hold."""
+    try:
+        index = json.loads(read_file(path, JSON_CAP))
+        weight_map = index["weight_map"]
+        items = list(weight_map.items())
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(Problem("index", str(path), "is not a shard index with a weight_map")) from error
+    files: dict[str, list[str] | None] = {}
+    problems: list[Problem] = []
+    for tensor, name in items:
+        if not isinstance(name, str) or not _stays_in_directory(name):
+            problems.append(Problem("unsafe_name", str(path), f"places {tensor!r} in {name!r}, outside its directory"))
+            continue
+        tensors = files.setdefault(name, [])
+        if tensors is not None:
+            tensors.append(tensor)
+    if problems:
+        raise CheckpointError(problems)
+    if not files:
+        raise CheckpointError(Problem("index", str(path), "names no tensors"))
+    return files
+
+
+def _stays_in_directory(name: str) -> bool:
+    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+
+
+def _open_shards(path: Path, directory: Path, files: dict[str, list[str] | None], notes: tuple[str, ...]) -> Checkpoint:
+    """Read every shard's header and hold it against what the index says of it, if there is one."""
+    problems: list[Problem] = []
+    opened: list[WeightFile] = []
+    tensors: dict[str, TensorRef] = {}
+    containers: set[str] = set()
+    for name, expected in files.items():
+        shard = directory / name
+        try:
+            if expected is not None and file_size(shard) is None:
+                raise CheckpointError(
+                    Problem("incomplete", str(shard), f"is in {path} but not here; download the missing shard")
+                )
+            container, file, refs = _open_file(shard)
+        except CheckpointError as error:
+            problems += error.problems
+            continue
+        containers.add(container)
+        opened.append(file)
+        problems += _check_index(shard, expected, refs)
+        for tensor, ref in refs.items():
+            if not _is_plain_name(tensor):
+                problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor!r}"))
+            if tensor in tensors:
+                problems.append(Problem("index", str(shard), f"{tensor} is also in {tensors[tensor].file.name}"))
+            tensors[tensor] = ref
+    config: dict[str, Any] | None = None
+    try:
+        config = _read_config(directory)
+    except CheckpointError as error:
+        problems += error.problems
+    if len(containers) > 1:
+        problems.append(Problem("index", str(path), "mixes safetensors and .bin shards"))
+    if not problems and not tensors:
+        problems.append(Problem("not_found", str(path), "has no tensors in it"))
+    if problems:
+        raise CheckpointError(problems)
+    return Checkpoint(path, directory, containers.pop(), tuple(opened), tensors, config, notes)
+
+
+def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, TensorRef]) -> list[Problem]:
+    if expected is None:
+        return []
+    absent = sorted(name for name in set(expected) - refs.keys() if not is_rotary_buffer(name))
+    stray = sorted(name for name in refs.keys() - set(expected) if not is_rotary_buffer(name))
+    return [
+        *(Problem("index", str(shard), f"lacks {name}, which the index places here; stale?") for name in absent),
+        *(Problem("index", str(shard), f"has {name}, which the index does not place here; stale?") for name in stray),
+    ]
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a tensor's name can stand in a header, a line of digests and on a terminal."""
+    return bool(name) and name.isprintable() and name != "__metadata__"
+
+
+def _read_config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    if file_size(path) is None:
+        return None
+    try:
+        config = json.loads(read_file(path, JSON_CAP))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(Problem("damaged", str(path), f"is not JSON ({error})")) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(Problem("damaged", str(path), "is not a JSON object"))
+    return config
+
+
+def _open_file(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
+    """One file's container, itself, and its tensors."""
+    with open_source(path) as source:
+        file = WeightFile(path, source.size, source.modified_ns)
+        head = read_bytes(source, 0, 512)
+        if head.startswith(b"PK\x03\x04"):
+            return "torch", file, torch_format.parse(source)
+        if reason := _not_weights(head, source.size):
+            kind, message = reason
+            raise CheckpointError(Problem(kind, str(path), message))
+        return "safetensors", file, safetensors_format.parse(source)
+
+
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_AGAIN = "download it again"
+
+
+def _not_weights(head: bytes, size: int) -> tuple[str, str] | None:
+    """What a file is whose first bytes are of neither container: (kind of problem, message); None if unknown."""
+    start = head.lstrip()[:16].lower()
+    if not size:
+        return "incomplete", f"is empty; {_AGAIN}"
+    if head.startswith(_LEGACY):
+        return "unsupported", (
+            "is in PyTorch's format from before 1.6; where you trust it, convert it: "
+            "torch.save(torch.load(FILE, map_location='cpu', weights_only=True), NEW)"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return "not_weights", "is a git-lfs pointer, not the weights; run 'git lfs pull' or download the file itself"
+    if start.startswith((b"<!doctype", b"<html", b'{"error')):
+        return "not_weights", f"is a web page or an error message, not weights; {_AGAIN}"
+    if head.startswith((b"GGUF", b"ggml", b"lmgg", b"tjgg")):
+        return "unsupported", "is a llama.cpp file (GGUF or GGML); the delta needs the original weights"
+    if not head.strip(b"\0"):
+        return "not_weights", f"begins with zeros: a download that was never finished; {_AGAIN}"
+    if head.startswith(b"\x80"):
+        return "unsupported", "is a bare pickle, not a PyTorch zip checkpoint; it is not read here"
+    return None

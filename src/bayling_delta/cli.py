@@ -1,0 +1,287 @@
+"""The command line: options in, one core function called, its result shown. The only module that prints."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import click
+
+from bayling_delta import __version__, report
+from bayling_delta.errors import (
+    KINDS,
+    BaylingDeltaError,
+    CheckpointError,
+    IntegrityError,
+    InterruptedRunError,
+    MismatchError,
+    OutputError,
+    Problem,
+    UsageError,
+)
+
+__all__ = ["main"]
+
+EXIT_CODES: Final[dict[type[BaylingDeltaError], int]] = {
+    UsageError: 2,
+    CheckpointError: 3,
+    MismatchError: 4,
+    IntegrityError: 5,
+    OutputError: 6,
+}
+_DTYPES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_LOG_SECONDS: Final = 15
+"""Between two lines of progress where there is no terminal."""
+
+
+# option types
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 5GB is 5,000,000,000, 64MiB is 67,108,864."""
+
+    name = "size"
+    _UNITS: Final = {
+        "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+        "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn text into bytes; refuse what is not a size."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)", value.strip())
+        if not found or found[2].upper() not in self._UNITS:
+            self.fail(f"{value!r} is not a size such as 5GB or 64MiB", param, ctx)
+        size = int(float(found[1]) * self._UNITS[found[2].upper()])
+        if size <= 0:
+            self.fail(f"{value!r} is not a size above 0", param, ctx)
+        return size
+
+
+class Digest(click.ParamType[str]):
+    """A SHA-256 in hexadecimal, with or without ``sha256:`` before it."""
+
+    name = "digest"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Normalise a digest; refuse what is not one."""
+        from bayling_delta.manifest import parse_digest
+
+        try:
+            return parse_digest(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_PATH: Final = click.Path(path_type=Path)
+
+
+# the commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bayling-delta")
+def commands() -> None:
+    r"""Rebuild a language model from a published weight delta, and prove that what came out is right.
+
+    BayLing, and other models of 2023, were published as the difference between their weights and LLaMA's.
+    To get the model, add that delta to the base you have:
+
+    \b
+      bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b
+
+    \b
+    Exit codes: 0 done; 1 a fault of this program; 2 wrong options; 3 a checkpoint cannot be read;
+    4 base and delta do not belong together; 5 a digest does not match; 6 the output cannot be written;
+    130, 143, 129 interrupted by SIGINT, SIGTERM, SIGHUP.
+    """
+
+
+@commands.command()
+@click.option(
+    "--base", type=click.Path(path_type=Path), required=True, help="The model that the delta was made against."
+)
+@click.option("--delta", type=click.Path(path_type=Path), required=True, help="The published delta.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to make; it must not exist.")
+@click.option(
+    "--dtype", type=click.Choice(sorted(_DTYPES)), help="Cast the result, once, at the end. [default: the delta's]"
+)
+@click.option(
+    "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Most bytes of tensors in one file."
+)
+@click.option("--memory-limit", type=Size(), default="64MiB", show_default=True, help="Most bytes of buffers.")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=8, show_default=True, help="Threads that share the work."
+)
+@click.option("--expect", type=Digest(), metavar="DIGEST", help="Fail unless the result has this weights digest.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(sorted(kind for kind, meaning in KINDS.items() if meaning.allow)),
+    help="Overrule a refusal of this kind. Repeatable.",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything that can be checked, show the plan, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else there.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a fault of this program.")
+def apply(
+    base: Path,
+    delta: Path,
+    out: Path,
+    dtype: str | None,
+    max_shard_size: int,
+    memory_limit: int,
+    threads: int,
+    expect: str | None,
+    allow: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,  # noqa: ARG001  # read in main, where faults end up
+) -> None:
+    r"""Rebuild a model: add a delta to its base, as a HuggingFace directory.
+
+    BASE and DELTA are directories with weights in safetensors or PyTorch's .bin files, one such file, or a shard
+    index. Everything that can be refused is refused before the first byte is written; the output appears under
+    its name only when it is complete. What is computed is, bit for bit, what the published script computes.
+
+    \b
+    Examples:
+      bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b
+      bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b --dry-run
+    """
+    from bayling_delta import api
+
+    started = time.monotonic()
+    options: dict[str, Any] = {
+        "dtype": _DTYPES[dtype] if dtype else None,
+        "max_shard_size": max_shard_size,
+        "memory_limit": memory_limit,
+        "allow": allow,
+    }
+    if dry_run:
+        document = api.plan_document(api.plan_apply(base, delta, out, **options))
+        _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
+        return
+    with _progress(quiet) as progress:
+        manifest = api.apply(base, delta, out, **options, threads=threads, expect=expect, progress=progress)
+    _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
+
+
+# showing
+
+
+def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    elif not quiet:
+        click.echo(text)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A bar on a terminal, a line now and then in a log, nothing where quiet is asked."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(unit="B", unit_scale=True, desc="apply", dynamic_ncols=True, leave=False) as bar:
+
+            def move(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield move
+    else:
+        yield _Log().line
+
+
+class _Log:
+    """Progress for a log: a line every so many seconds, with speed and time left."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def line(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _LOG_SECONDS or not done:
+            return
+        self._last = now
+        speed = done / (now - self._started)
+        click.echo(
+            f"apply: {report.size_text(done)} of {report.size_text(total)}, "
+            f"{report.size_text(int(speed))}/s, {(total - done) / speed:.0f} s left",
+            err=True,
+        )
+
+
+# the process
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in words if word in commands.commands), "bayling-delta")
+    as_json = "--json" in words
+    _raise_on_signals()
+    try:
+        commands.main(words, prog_name="bayling-delta", standalone_mode=False)
+        code = 0
+    except BaylingDeltaError as error:
+        code = _exit_code(error)
+        _fail(report.failure_document(command, error), report.failure_text(error), as_json)
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.ClickException as error:
+        code = 2
+        hint = f"\nTry 'bayling-delta {command} --help'." if command in commands.commands else ""
+        text = report.readable(f"error: {error.format_message()}") + hint
+        _fail(report.usage_document(command, "usage", error.format_message()), text, as_json)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:  # the one place where a fault of ours becomes an exit code
+        if "--debug" in words:
+            raise
+        code = 1
+        what = f"{type(error).__name__}: {error}"
+        message = f"a fault in bayling-delta ({what}); run again with --debug and report what it prints"
+        _fail(report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json)
+    sys.exit(code)
+
+
+def _exit_code(error: BaylingDeltaError) -> int:
+    if isinstance(error, InterruptedRunError):
+        return 128 + error.signal_number
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def _fail(document: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(text, err=True)
+
+
+def _raise_on_signals() -> None:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an exception; what comes after does not disturb the cleaning up."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        name = signal.Signals(number).name
+        problem = Problem("signal", "", f"interrupted by {name}; nothing was left behind, run the command again")
+        raise InterruptedRunError(problem, number)
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks to be left alone
+            signal.signal(number, interrupt)

@@ -1,0 +1,330 @@
+"""Carry out a plan: read both inputs, add, digest everything, hand the result to a sink.
+
+The bytes pass through a fixed number of windows. Each input has a station that fills windows with what its
+read list says, and one that digests them; one station adds; two digest the result, by tensor and by file; one
+gives it to the sink. A window goes back to where it is filled when all its users have released it, so the
+slowest station sets the pace, and memory stays what the plan says.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from bayling_delta.arithmetic import STORED, Array, Operation, make_addition
+from bayling_delta.crew import Crew, Station
+from bayling_delta.plan import Budget, OutputFile, OutputTensor, Plan
+from bayling_delta.tensors import DTYPES, TensorRef
+from bayling_delta.windows import Digester, Reader, Window, allocate
+
+__all__ = ["DEFAULT_THREADS", "Outcome", "Progress", "Sink", "run"]
+
+DEFAULT_THREADS: Final = 8
+"""As many as there are stations; at any time most of them wait for the disk or for each other."""
+_BOUNCE_BYTES: Final = 64 << 10
+"""What is copied at once of a tensor that lies at an odd address."""
+_TICK_SECONDS: Final = 0.1
+
+Progress = Callable[[int, int], None]
+"""(bytes of the result done, bytes in all); called in the caller's thread, some ten times a second."""
+
+
+class Sink(Protocol):
+    """Where the result goes. Calls come one at a time, in the order of the plan."""
+
+    def begin(self, file: OutputFile) -> None:
+        """The bytes of this file come next."""
+
+    def write(self, buffer: memoryview, offset: int, count: int) -> None:
+        """The file's bytes from ``offset`` on: the first ``count`` of an aligned buffer.
+
+        All of the buffer is given, but at the end of the file. It is the sink's until the call returns.
+        """
+
+    def end(self) -> None:
+        """The file has all its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run found out. Digests are SHA-256 in hex."""
+
+    base: dict[str, str]
+    """Of the base, by file name or by tensor, as its read list says."""
+    delta: dict[str, str]
+    tensors: dict[str, str]
+    """Of the result, by tensor."""
+    files: dict[str, str]
+    """Of the result, by file."""
+    non_finite: dict[str, int]
+    """How many elements are infinite or NaN, for the tensors that have any."""
+
+
+def run(
+    plan: Plan,
+    sink: Sink,
+    *,
+    threads: int = DEFAULT_THREADS,
+    direct: bool = True,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Add base and delta as planned, and give the result to ``sink``.
+
+    Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` asks for reads past the page
+    cache where the system has them. The result does not depend on ``threads`` or ``direct``.
+
+    Raises:
+        CheckpointError: an input cannot be read, or is not what the plan was made of.
+        OutputError: from the sink.
+    """
+    crew = Crew(threads)
+    release = _Release(crew)
+    adding, to_tensors, to_files, to_sink = Station(), Station(), Station(), Station()
+
+    def emit(window: Window) -> None:
+        window.users = 3
+        for station in (to_tensors, to_files, to_sink):
+            crew.post(station, window)
+
+    adder = _Adder(plan.files, release, emit)
+    adding.handle = adder.take
+    tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors})
+    files = Digester({file.name: file.size for file in plan.files})
+    to_tensors.handle = _digesting(tensors, release)
+    to_files.handle = _digesting_files(files, release)
+    to_sink.handle = _handing_over(sink, release)
+
+    digesters: dict[str, Digester] = {}
+    with ExitStack() as stack:
+        free = [(adding, window) for window in _windows("result", plan.budget, adding)]
+        for stream, checkpoint, reads in (
+            ("base", plan.base, plan.base_reads),
+            ("delta", plan.delta, plan.delta_reads),
+        ):
+            stamps = {file.path: file.stamp for file in checkpoint.files}
+            reader = Reader(reads, stamps, plan.budget.tile_bytes, direct=direct)
+            stack.callback(reader.close)
+            digesters[stream] = Digester(reads.digests)
+            to_digest = Station(_digesting(digesters[stream], release))
+            filling = Station(_filling(crew, reader, to_digest, adding))
+            free += [(filling, window) for window in _windows(stream, plan.budget, filling)]
+        stack.enter_context(crew)  # last, so that the threads have ended when the readers are closed
+        for station, window in free:
+            crew.post(station, window)
+        total = sum(tensor.nbytes for tensor in plan.tensors)
+        while not crew.wait_until_idle(_TICK_SECONDS):
+            if progress is not None:
+                progress(adder.done_bytes, total)
+        if progress is not None:
+            progress(adder.done_bytes, total)
+    if not adder.finished:
+        raise RuntimeError("the addition came to a stop before its end")
+    return Outcome(
+        digesters["base"].finish(), digesters["delta"].finish(), tensors.finish(), files.finish(), adder.non_finite
+    )
+
+
+# the stations
+
+
+class _Release:
+    """Gives a window back when the last of its users calls this."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._lock = threading.Lock()
+
+    def __call__(self, window: Window) -> None:
+        with self._lock:
+            window.users -= 1
+            free = not window.users
+        if free:
+            self._crew.post(window.home, window)
+
+
+def _windows(stream: str, budget: Budget, home: Station) -> list[Window]:
+    return [Window(stream, buffer, home) for buffer in allocate(budget.chunk_bytes, budget.windows)]
+
+
+def _filling(crew: Crew, reader: Reader, to_digest: Station, adding: Station) -> Callable[[Window], None]:
+    def fill(window: Window) -> None:
+        if reader.fill(window):
+            window.users = 2
+            crew.post(to_digest, window)
+            crew.post(adding, window)
+
+    return fill
+
+
+def _digesting(digester: Digester, release: _Release) -> Callable[[Window], None]:
+    def digest(window: Window) -> None:
+        digester.update(window.buffer, window.pieces)
+        release(window)
+
+    return digest
+
+
+def _digesting_files(digester: Digester, release: _Release) -> Callable[[Window], None]:
+    def digest(window: Window) -> None:
+        if isinstance(window.space, OutputFile):
+            digester.update(window.buffer, [(window.space.name, 0, window.stop - window.origin)])
+        release(window)
+
+    return digest
+
+
+def _handing_over(sink: Sink, release: _Release) -> Callable[[Window], None]:
+    def hand_over(window: Window) -> None:
+        file = window.space
+        if isinstance(file, OutputFile):
+            if not window.origin:
+                sink.begin(file)
+            sink.write(window.buffer, window.origin, window.stop - window.origin)
+            if window.stop == file.size:
+                sink.end()
+        release(window)
+
+    return hand_over
+
+
+# the addition
+
+_Wait = Generator[str, Window, Any]
+"""Part of the addition: it yields the stream of which it needs the next window, and is sent that."""
+
+
+class _Adder:
+    """Adds tensor by tensor, over whatever of base, delta and result lies in memory together."""
+
+    def __init__(
+        self, files: Sequence[OutputFile], release: Callable[[Window], None], emit: Callable[[Window], None]
+    ) -> None:
+        self.done_bytes = 0
+        self.non_finite: dict[str, int] = {}
+        self._release = release
+        self._emit = emit
+        self._arrived: dict[str, deque[Window]] = {"base": deque(), "delta": deque(), "result": deque()}
+        self._current: dict[str, Window | None] = {"base": None, "delta": None, "result": None}
+        self._bounce = {stream: np.empty(_BOUNCE_BYTES, np.uint8) for stream in ("base", "delta")}
+        self._operations: dict[tuple[str, str, str], Operation] = {}
+        self._work = self._all(files)
+        self._wanted: str | None = next(self._work)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every tensor has been added."""
+        return self._wanted is None
+
+    def take(self, window: Window) -> None:
+        """A window has arrived: go on as far as what is here allows."""
+        self._arrived[window.stream].append(window)
+        while self._wanted is not None and self._arrived[self._wanted]:
+            try:
+                self._wanted = self._work.send(self._arrived[self._wanted].popleft())
+            except StopIteration:
+                self._wanted = None
+        if self.finished:  # what an input still has is digested, and not added
+            for stream in ("base", "delta"):
+                while self._arrived[stream]:
+                    self._release(self._arrived[stream].popleft())
+
+    def _all(self, files: Sequence[OutputFile]) -> _Wait:
+        for file in files:
+            position = yield from self._header(file)
+            for tensor in file.tensors:
+                yield from self._tensor(file, tensor, position)
+                position += tensor.nbytes
+            self._send_result(position)
+        for stream in ("base", "delta"):
+            if (window := self._current[stream]) is not None:
+                self._release(window)
+
+    def _header(self, file: OutputFile) -> Generator[str, Window, int]:
+        position = 0
+        while position < len(file.header):
+            window = yield from self._room(file, position)
+            start = position - window.origin
+            part = file.header[position : position + len(window.buffer) - start]
+            window.buffer[start : start + len(part)] = part
+            position += len(part)
+        return position
+
+    def _tensor(self, file: OutputFile, tensor: OutputTensor, position: int) -> _Wait:
+        """Add one tensor; ``position`` is its first byte's in the file."""
+        dtypes = (tensor.base.dtype, tensor.delta.dtype, tensor.dtype)
+        operation = self._operations.get(dtypes)
+        if operation is None:
+            operation = self._operations[dtypes] = make_addition(*dtypes)
+        item_bytes = DTYPES[tensor.dtype]
+        done, elements, found = 0, tensor.base.elements, 0
+        while done < elements:
+            base = yield from self._elements("base", tensor.base, done)
+            delta = yield from self._elements("delta", tensor.delta, done)
+            window = yield from self._room(file, position)
+            start = position - window.origin
+            count = min(base.size, delta.size, elements - done, (len(window.buffer) - start) // item_bytes)
+            result = np.frombuffer(window.buffer, STORED[tensor.dtype], count, start)
+            found += operation(result, base[:count], delta[:count])
+            window.pieces.append((tensor.name, start, start + count * item_bytes))
+            position += count * item_bytes
+            self.done_bytes += count * item_bytes
+            done += count
+        if found:
+            self.non_finite[tensor.name] = found
+
+    def _room(self, file: OutputFile, position: int) -> Generator[str, Window, Window]:
+        """The result's window that has a position, with room for one element at least; a full one is sent off."""
+        window = self._current["result"]
+        if window is not None and position - window.origin == len(window.buffer):
+            self._send_result(position)
+            window = None
+        if window is None:
+            window = self._current["result"] = yield "result"
+            window.space, window.origin, window.pieces = file, position, []
+        return window
+
+    def _send_result(self, position: int) -> None:
+        """The result's window is complete up to a position of its file."""
+        window = self._current["result"]
+        if window is not None:
+            window.stop = position
+            self._current["result"] = None
+            self._emit(window)
+
+    def _elements(self, stream: str, ref: TensorRef, done: int) -> Generator[str, Window, Array]:
+        """Elements of a tensor from its ``done``-th on, one at least.
+
+        They are where they were read, or copied from there if that is an odd address.
+        """
+        item_bytes = DTYPES[ref.dtype]
+        space = ref.file if ref.strides is None else ref
+        position = done * item_bytes + (ref.offset if ref.strides is None else 0)
+        window = yield from self._seek(stream, space, position)
+        start = position - window.origin
+        if start % item_bytes == 0:
+            return np.frombuffer(window.buffer, STORED[ref.dtype], (window.stop - position) // item_bytes, start)
+        bounce = self._bounce[stream]
+        wanted = min(bounce.size, ref.nbytes - done * item_bytes)
+        copied = 0
+        while copied < wanted:
+            window = yield from self._seek(stream, space, position + copied)
+            start = position + copied - window.origin
+            count = min(wanted - copied, window.stop - position - copied)
+            bounce[copied : copied + count] = np.frombuffer(window.buffer, np.uint8, count, start)
+            copied += count
+        return bounce[:wanted].view(STORED[ref.dtype])
+
+    def _seek(self, stream: str, space: Path | TensorRef, position: int) -> Generator[str, Window, Window]:
+        """The input's window that has a position; those before it are released."""
+        window = self._current[stream]
+        while window is None or window.space != space or not window.origin <= position < window.stop:
+            if window is not None:
+                self._current[stream] = None
+                self._release(window)
+            window = self._current[stream] = yield stream
+        return window

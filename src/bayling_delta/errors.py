@@ -1,0 +1,154 @@
+"""What can be wrong, and the exceptions that say so.
+
+A finding is a `Problem`: its kind, where it is, and what to do about it. `KINDS` is the one list of
+kinds; it decides which exception a kind belongs to and whether a user may overrule it. Checks collect
+problems, and `refuse` raises them all at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "KINDS",
+    "BaylingDeltaError",
+    "CheckpointError",
+    "IntegrityError",
+    "InterruptedRunError",
+    "Kind",
+    "MismatchError",
+    "OutputError",
+    "Problem",
+    "UsageError",
+    "refuse",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong."""
+
+    kind: str
+    """A key of `KINDS`."""
+    where: str
+    """The file or tensor it was found in, as the user would name it."""
+    message: str
+    """What is wrong there and what to do next, without the place."""
+
+    @property
+    def allow(self) -> bool:
+        """Whether ``--allow KIND`` overrules it."""
+        return KINDS[self.kind].allow
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message
+
+
+class BaylingDeltaError(Exception):
+    """Anything that this package refuses or that goes wrong in a way it knows."""
+
+    category: ClassVar[str] = "internal"
+    """The value of ``error.kind`` in JSON documents."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class UsageError(BaylingDeltaError):
+    """Options that contradict each other or cannot be met."""
+
+    category = "usage"
+
+
+class CheckpointError(BaylingDeltaError):
+    """A checkpoint cannot be read: damaged, incomplete, unsupported."""
+
+    category = "checkpoint"
+
+
+class MismatchError(BaylingDeltaError):
+    """Base and delta do not belong together, or not in this way."""
+
+    category = "mismatch"
+
+
+class IntegrityError(BaylingDeltaError):
+    """A digest differs from the one expected."""
+
+    category = "integrity"
+
+
+class OutputError(BaylingDeltaError):
+    """The output cannot be written, or must not be."""
+
+    category = "output"
+
+
+class InterruptedRunError(BaylingDeltaError):
+    """A signal ended the run."""
+
+    category = "interrupted"
+
+    def __init__(self, problems: Problem | Iterable[Problem], signal_number: int) -> None:
+        super().__init__(problems)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a problem's kind means."""
+
+    error: type[BaylingDeltaError]
+    meaning: str
+    allow: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    # 3: a checkpoint cannot be read
+    "not_found": Kind(CheckpointError, "no such file or directory, or no weights in it"),
+    "unreadable": Kind(CheckpointError, "the system refused to read it"),
+    "incomplete": Kind(CheckpointError, "a shard is absent or shorter than its header says"),
+    "not_weights": Kind(CheckpointError, "the file is something else: a git-lfs pointer, a web page, zeros"),
+    "damaged": Kind(CheckpointError, "the header, pickle or zip directory contradicts itself or the format"),
+    "unsupported": Kind(CheckpointError, "a form of checkpoint that is not read here"),
+    "unsafe_pickle": Kind(CheckpointError, "the pickle asks for something that no state dict needs"),
+    "unsafe_name": Kind(CheckpointError, "a name that leaves its directory or cannot be written"),
+    "index": Kind(CheckpointError, "the index and the shards disagree"),
+    "changed": Kind(CheckpointError, "an input changed while it was read"),
+    # 4: base and delta do not belong together
+    "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),
+    "shape": Kind(MismatchError, "base and delta disagree about a tensor's shape"),
+    "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
+    "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
+    "non_finite": Kind(MismatchError, "the result has infinite or NaN elements", allow=True),
+    # 5: a digest differs
+    "digest": Kind(IntegrityError, "a digest is not the expected one"),
+    # 6: the output cannot be written
+    "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),
+    "output_place": Kind(OutputError, "the output's place cannot take it"),
+    "disk_space": Kind(OutputError, "the disk is too small for the output"),
+    "write": Kind(OutputError, "the system refused to write"),
+    # 2: usage
+    "memory_limit": Kind(UsageError, "the memory limit is below what the plan needs"),
+    "option": Kind(UsageError, "an option has a value that cannot be used"),
+    # signals
+    "signal": Kind(InterruptedRunError, "a signal ended the run"),
+}
+
+_ORDER: Sequence[type[BaylingDeltaError]] = (UsageError, CheckpointError, MismatchError, IntegrityError, OutputError)
+
+
+def refuse(problems: Sequence[Problem], allowed: Iterable[str] = ()) -> None:
+    """Raise every problem that ``allowed`` does not overrule, in one exception; return if there is none.
+
+    The exception is that of the earliest class in the order usage, checkpoint, mismatch, integrity, output.
+
+    Raises:
+        BaylingDeltaError: one of its subclasses, carrying all the problems.
+    """
+    overruled = {kind for kind in allowed if KINDS[kind].allow}
+    standing = [problem for problem in problems if problem.kind not in overruled]
+    for error in _ORDER:
+        if any(KINDS[problem.kind].error is error for problem in standing):
+            raise error(standing)

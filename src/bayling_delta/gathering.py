@@ -1,0 +1,130 @@
+"""Tensors whose elements do not lie in row-major order, brought into it within a bounded memory.
+
+A tile is a range of the tensor in row-major order, all that fits the memory given. Its elements are read
+run by run in the order in which they lie, and taken out in the order in which they are wanted.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.sources import Source
+from bayling_delta.tensors import DTYPES, TensorRef
+
+__all__ = ["Tile", "tiles"]
+
+_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+"""Elements are moved, not interpreted: what counts is their size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Some elements of a tensor, in memory."""
+
+    start: int
+    """The place of its first element, in bytes of the tensor in row-major order."""
+    values: npt.NDArray[Any]
+    """The elements, row-major as indexed; in memory they may lie otherwise."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.values.nbytes
+
+    def copy(self, into: memoryview, start: int) -> None:
+        """Fill ``into`` with the tile's bytes from ``start`` on; both in whole elements."""
+        item_bytes = self.values.itemsize
+        target = np.frombuffer(into, self.values.dtype)
+        _copy_range(target, self.values, start // item_bytes)
+
+
+def tiles(source: Source, ref: TensorRef, tile_bytes: int) -> Iterator[Tile]:
+    """Yield the tensor in row-major order, at most ``tile_bytes`` at a time. A tile is valid until the next.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does, or cannot be read.
+    """
+    item_bytes = DTYPES[ref.dtype]
+    memory = np.empty(max(1, tile_bytes // item_bytes), _RAW[item_bytes])
+    strides = ref.strides or (0,) * len(ref.shape)
+    for start, box in _boxes(ref.shape, memory.size):
+        first = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
+        sizes = tuple(high - low for low, high in box)
+        values = _load(source, ref.offset + first * item_bytes, sizes, strides, memory)
+        yield Tile(start * item_bytes, values)
+
+
+def _boxes(shape: tuple[int, ...], elements: int) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
+    """Cut an index space into boxes of at most so many elements, in row-major order.
+
+    Yields the place of a box's first element and its (from, to) for every dimension: one index of the outer
+    dimensions, a range of one, and the inner dimensions whole.
+    """
+    axis = len(shape)
+    inner = 1
+    while axis and inner * shape[axis - 1] <= elements:
+        axis -= 1
+        inner *= shape[axis]
+    whole = tuple((0, size) for size in shape[axis:])
+    if not axis:
+        yield 0, whole
+        return
+    cut = axis - 1
+    step = elements // inner
+    place = 0
+    for outer in itertools.product(*(range(size) for size in shape[:cut])):
+        before = tuple((index, index + 1) for index in outer)
+        for low in range(0, shape[cut], step):
+            high = min(low + step, shape[cut])
+            yield place, (*before, (low, high), *whole)
+            place += (high - low) * inner
+
+
+def _load(
+    source: Source, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...], memory: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """Read a box of elements whose first lies at byte ``offset``, and return it indexed in its own order."""
+    item_bytes = memory.itemsize
+    # Along a stride of 0 the same element comes again: it is read once.
+    read = [size if stride else 1 for size, stride in zip(sizes, strides, strict=True)]
+    # In the file the dimension of the largest stride is the outermost.
+    order = sorted(range(len(sizes)), key=lambda axis: (-strides[axis], axis))
+    run, axis = 1, len(order)
+    while axis and (read[order[axis - 1]] == 1 or strides[order[axis - 1]] == run):
+        axis -= 1
+        run *= read[order[axis]]
+    target = memory.data.cast("B")
+    place = 0
+    for index in itertools.product(*(range(read[which]) for which in order[:axis])):
+        skip = sum(one * strides[which] for one, which in zip(index, order[:axis], strict=True))
+        if source.read_into(target[place : place + run * item_bytes], offset + skip * item_bytes) < run * item_bytes:
+            raise CheckpointError(Problem("incomplete", str(source.path), "ends before its tensors do"))
+        place += run * item_bytes
+    stored = memory[: math.prod(read)].reshape([read[which] for which in order])
+    back = [order.index(which) for which in range(len(order))]
+    return np.broadcast_to(stored.transpose(back), sizes)
+
+
+def _copy_range(target: npt.NDArray[Any], values: npt.NDArray[Any], start: int) -> None:
+    """Copy ``target.size`` elements of ``values``, counted in row-major order from ``start``."""
+    if values.ndim <= 1:
+        target[:] = values.reshape(-1)[start : start + target.size]
+        return
+    inner = math.prod(values.shape[1:])
+    row, within = divmod(start, inner)
+    done = 0
+    if within:  # the rest of a row
+        done = min(target.size, inner - within)
+        _copy_range(target[:done], values[row], within)
+        row += 1
+    rows = (target.size - done) // inner
+    middle = target[done : done + rows * inner]
+    middle.reshape(rows, *values.shape[1:])[...] = values[row : row + rows]
+    if done + rows * inner < target.size:  # the beginning of a row
+        _copy_range(target[done + rows * inner :], values[row + rows], 0)

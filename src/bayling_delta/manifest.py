@@ -1,0 +1,109 @@
+"""The documents that say what a model is: digests, the manifest, SHA256SUMS. Data only.
+
+The format of each is a promise to users; docs/formats.md describes them.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SUMS_NAME",
+    "TensorDigest",
+    "digest_text",
+    "file_entry",
+    "parse_digest",
+    "result_section",
+    "small_file_entry",
+    "sums_text",
+    "to_json",
+    "weights_digest",
+]
+
+MANIFEST_NAME: Final = "bayling-delta.json"
+SUMS_NAME: Final = "SHA256SUMS"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDigest:
+    """One tensor of a state dict, by what it holds."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    """Hex, of the elements in row-major order, little-endian, and nothing else."""
+
+
+def digest_text(tensors: Iterable[TensorDigest]) -> str:
+    """The text whose SHA-256 is the weights digest: a line for each tensor, sorted by the bytes of its name."""
+    return "".join(
+        f"{tensor.sha256}  {tensor.dtype}[{','.join(map(str, tensor.shape))}] {tensor.name}\n"
+        for tensor in sorted(tensors, key=lambda tensor: tensor.name.encode())
+    )
+
+
+def weights_digest(tensors: Iterable[TensorDigest]) -> str:
+    """The one name of a state dict, ``sha256:<hex>``, whatever container, sharding or order holds it."""
+    return "sha256:" + hashlib.sha256(digest_text(tensors).encode()).hexdigest()
+
+
+def parse_digest(text: str) -> str:
+    """Return ``sha256:<hex>`` in lower case for a digest with or without its prefix.
+
+    Raises:
+        ValueError: it is not a SHA-256.
+    """
+    found = re.fullmatch(r"(?:sha256:)?([0-9a-f]{64})", text.strip().lower())
+    if not found:
+        raise ValueError(f"{text!r} is not a SHA-256: 64 hexadecimal digits, with or without 'sha256:' before them")
+    return f"sha256:{found[1]}"
+
+
+def result_section(tensors: Iterable[TensorDigest], placed: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest's ``result``, its ``files`` still empty; ``placed`` says which file each tensor is in."""
+    digests = list(tensors)
+    parameters: Counter[str] = Counter()
+    for tensor in digests:
+        parameters[tensor.dtype] += math.prod(tensor.shape)
+    return {
+        "weights_digest": weights_digest(digests),
+        "parameters": parameters.total(),
+        "dtype": parameters.most_common(1)[0][0] if parameters else None,
+        "files": [],
+        "tensors": {
+            tensor.name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "file": placed[tensor.name],
+                "sha256": tensor.sha256,
+            }
+            for tensor in digests
+        },
+    }
+
+
+def file_entry(name: str, size: int, sha256: str | None) -> dict[str, Any]:
+    """One file as the manifest lists it; None where the file was not digested whole."""
+    return {"name": name, "size": size, "sha256": sha256}
+
+
+def small_file_entry(name: str, data: bytes) -> dict[str, Any]:
+    """The same for a file that is in memory."""
+    return file_entry(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def sums_text(digests: Mapping[str, str]) -> str:
+    """The text of SHA256SUMS: what ``sha256sum`` prints for these files, sorted by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """A document as it is written and printed."""
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

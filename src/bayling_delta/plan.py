@@ -1,0 +1,366 @@
+"""What a run will do, decided in full before a byte is written: pairs, output files, reads, memory.
+
+Everything here is a function of headers; nothing is written, and weights are read only to see whether
+two tensors that should be one are (`tied_problem`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Final
+
+from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.safetensors_format import lay_out
+from bayling_delta.sources import open_source
+from bayling_delta.system import ALIGNMENT
+from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, natural_key
+
+__all__ = [
+    "DEFAULT_MEMORY_LIMIT",
+    "DEFAULT_SHARD_SIZE",
+    "Budget",
+    "Gather",
+    "Mark",
+    "OutputFile",
+    "OutputTensor",
+    "Plan",
+    "ReadList",
+    "Span",
+    "make_plan",
+]
+
+DEFAULT_SHARD_SIZE: Final = 5 * 10**9
+"""Bytes of tensors in an output file: the ecosystem's default since transformers 4.35."""
+DEFAULT_MEMORY_LIMIT: Final = 64 << 20
+"""Bytes of buffers."""
+_LARGEST_CHUNK: Final = 2 << 20
+_SMALLEST_CHUNK: Final = 16 << 10
+_NEAR: Final = 64 << 10
+"""Bytes between two tensors that are read through rather than jumped over."""
+
+
+# the output
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the result, and what it is the sum of."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: TensorRef
+    delta: TensorRef
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.delta.elements * DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file of the result: its header, then its tensors one after the other."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+    """In the order in which their bytes lie."""
+    size: int
+    """Bytes, header included."""
+
+
+# the inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A range of a file that one digest covers."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file that are read in one go forward, and what is digested of them."""
+
+    file: Path
+    start: int
+    stop: int
+    marks: tuple[Mark, ...]
+    """In order, not overlapping, inside the span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A tensor whose elements do not lie in row-major order, read piece by piece and put into order."""
+
+    ref: TensorRef
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadList:
+    """Everything that is read of one input, in the order in which the output needs it."""
+
+    steps: tuple[Span | Gather, ...]
+    digested: str
+    """``file``: each file whole, since its bytes are met in order; or ``tensor``: each tensor by itself."""
+    digests: dict[str, int]
+    """What will be digested, by file or tensor name, and how many bytes that is."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read, but for the rounding of windows to blocks."""
+        return sum(step.stop - step.start if isinstance(step, Span) else step.ref.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How the memory limit is spent, in bytes."""
+
+    chunk_bytes: int
+    """One window; a multiple of `ALIGNMENT`."""
+    windows: int
+    """Windows of each of base, delta and output."""
+    tile_bytes: int
+    """What a gathering input collects at once; 0 where nothing is gathered."""
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A complete description of a run."""
+
+    recipe: str
+    base: Checkpoint
+    delta: Checkpoint
+    files: tuple[OutputFile, ...]
+    base_reads: ReadList
+    delta_reads: ReadList
+    budget: Budget
+    notes: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Every tensor, in the order of the output."""
+        return (tensor for file in self.files for tensor in file.tensors)
+
+
+def make_plan(
+    base: Checkpoint,
+    delta: Checkpoint,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    also: Sequence[Problem] = (),
+    allowed: Iterable[str] = (),
+) -> Plan:
+    """Pair two checkpoints by the recipe ``plain`` and lay out the result.
+
+    ``plain`` adds tensors of one name and shape, in the delta's dtype. ``dtype`` (F16, BF16 or F32) casts
+    the result once more. ``also`` are problems found elsewhere, to be told together with those found here.
+    Source: BayLing, apply_delta.py.
+
+    Raises:
+        BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
+    """
+    base_weights, delta_weights = base.weights, delta.weights
+    problems = [*also, *pair_problems(base, base_weights, delta, delta_weights)]
+    problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
+    refuse(problems, allowed)
+
+    ordered = sorted(delta_weights.items(), key=lambda item: stored_order(*item))
+    tensors = [OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref) for name, ref in ordered]
+    files = cut_into_files(tensors, max_shard_size)
+    needed = [tensor for file in files for tensor in file.tensors]
+    base_reads = make_read_list(base, [(tensor.name, tensor.base) for tensor in needed])
+    delta_reads = make_read_list(delta, [(tensor.name, tensor.delta) for tensor in needed])
+    budget = make_budget(memory_limit, (base_reads, delta_reads))
+    return Plan("plain", base, delta, files, base_reads, delta_reads, budget, base.notes + delta.notes)
+
+
+# pairing
+
+
+def pair_problems(
+    base: Checkpoint, base_weights: dict[str, TensorRef], delta: Checkpoint, delta_weights: dict[str, TensorRef]
+) -> list[Problem]:
+    """Everything that keeps two tables of tensors from being added name by name."""
+    problems = [
+        Problem("missing_tensor", str(here.path), f"lacks {name}, which the {other} has ({weights[name]}){advice}")
+        for here, other, weights, mine, advice in (
+            (base, "delta", delta_weights, base_weights, "; is this the right base for the delta?"),
+            (delta, "base", base_weights, delta_weights, "; is a shard missing, or the base of another kind?"),
+        )
+        for name in sorted(weights.keys() - mine.keys(), key=natural_key)
+    ]
+    for name in sorted(base_weights.keys() & delta_weights.keys(), key=natural_key):
+        left, right = base_weights[name], delta_weights[name]
+        if left.shape != right.shape:
+            problems.append(
+                Problem("shape", name, f"{left} in the base, {right} in the delta; is this the right base and release?")
+            )
+        problems += [
+            Problem("dtype", name, f"is {ref.dtype} in the {side}; {', '.join(FLOATS)} can be added")
+            for ref, side in ((left, "base"), (right, "delta"))
+            if ref.dtype not in FLOATS
+        ]
+    return problems
+
+
+def tied_problem(checkpoint: Checkpoint) -> Problem | None:
+    """The finding that a tied lm_head.weight is stored by itself and has other values than the embedding.
+
+    Reads both where they are stored apart; a shared storage needs no look.
+    """
+    head, embedding = checkpoint.tensors.get(HEAD), checkpoint.tensors.get(EMBEDDING)
+    if not checkpoint.tied or head is None or embedding is None or head == embedding:
+        return None
+    if (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and _same_bytes(head, embedding):
+        return None
+    return Problem(
+        "tied",
+        str(checkpoint.path),
+        f"config.json ties {HEAD} to {EMBEDDING}, but they differ; "
+        "set tie_word_embeddings to false there if the model has a head of its own",
+    )
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    if one.strides is not None or other.strides is not None:
+        return False
+    left, right = (bytearray(1 << 20) for _ in range(2))
+    with open_source(one.file) as source, open_source(other.file) as second:
+        for start in range(0, one.nbytes, len(left)):
+            length = min(len(left), one.nbytes - start)
+            for buffer, file, ref in ((left, source, one), (right, second, other)):
+                if file.read_into(memoryview(buffer)[:length], ref.offset + start) < length:
+                    raise CheckpointError(Problem("incomplete", str(ref.file), "ends before its tensors do"))
+            if left[:length] != right[:length]:
+                return False
+    return True
+
+
+# laying out
+
+
+def stored_order(name: str, ref: TensorRef) -> tuple[object, ...]:
+    """A sort key for the order in which a checkpoint stores its tensors: by file, then byte, then name."""
+    return natural_key(ref.file.name), ref.offset, name
+
+
+def cut_into_files(tensors: Sequence[OutputTensor], max_shard_size: int) -> tuple[OutputFile, ...]:
+    """Cut the sequence into files of at most ``max_shard_size`` bytes of tensors, as huggingface_hub does."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # some 40 ms
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=attrgetter("nbytes"),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    files: list[OutputFile] = []
+    for file_name, names in split.filename_to_tensors.items():
+        chosen = [by_name[name] for name in names]
+        header, starts = lay_out((tensor.name, tensor.dtype, tensor.shape) for tensor in chosen)
+        chosen.sort(key=lambda tensor: starts[tensor.name])  # stable: an empty tensor starts where the next does
+        size = len(header) + sum(tensor.nbytes for tensor in chosen)
+        files.append(OutputFile(file_name, header, tuple(chosen), size))
+    return tuple(files)
+
+
+# reading
+
+
+def make_read_list(checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]]) -> ReadList:
+    """The reads that bring these tensors in this order, and the digests that can be taken of them.
+
+    Where each file's bytes are met in order, the files are read whole, gaps included, and each file's
+    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken.
+    """
+    wanted = [(name, ref) for name, ref in needed if ref.elements]
+    if _is_in_order(ref for _, ref in wanted):
+        steps: list[Span | Gather] = list(_whole_files(checkpoint, [ref for _, ref in wanted]))
+        return ReadList(tuple(steps), "file", {file.path.name: file.size for file in checkpoint.files})
+    return ReadList(tuple(_by_tensor(wanted)), "tensor", {name: ref.nbytes for name, ref in needed})
+
+
+def _is_in_order(refs: Iterable[TensorRef]) -> bool:
+    reached: dict[Path, int] = {}
+    for ref in refs:
+        if ref.strides is not None or ref.offset < reached.get(ref.file, 0):
+            return False
+        reached[ref.file] = ref.offset + ref.nbytes
+    return True
+
+
+def _whole_files(checkpoint: Checkpoint, refs: Sequence[TensorRef]) -> Iterator[Span]:
+    """Spans that cover every file of the checkpoint once, in the order in which the tensors need them."""
+    last = {ref.file: place for place, ref in enumerate(refs)}
+    size = {file.path: file.size for file in checkpoint.files}
+    reached = dict.fromkeys(size, 0)
+    for place, ref in enumerate(refs):
+        following = refs[place + 1].file if place + 1 < len(refs) else None
+        if following == ref.file:
+            continue
+        # The file is left here: for good, with all that it still has, or until the order comes back to it.
+        stop = size[ref.file] if last[ref.file] == place else ref.offset + ref.nbytes
+        yield _file_span(ref.file, reached[ref.file], stop)
+        reached[ref.file] = stop
+    yield from (_file_span(file, 0, size[file]) for file in size if file not in last and size[file])
+
+
+def _file_span(file: Path, start: int, stop: int) -> Span:
+    return Span(file, start, stop, (Mark(file.name, start, stop),))
+
+
+def _by_tensor(wanted: Sequence[tuple[str, TensorRef]]) -> Iterator[Span | Gather]:
+    marks: list[Mark] = []
+    current: Path | None = None
+    for name, ref in wanted:
+        follows = marks and ref.file == current and 0 <= ref.offset - marks[-1].stop <= _NEAR
+        if current is not None and marks and (ref.strides is not None or not follows):
+            yield Span(current, marks[0].start, marks[-1].stop, tuple(marks))
+            marks = []
+        if ref.strides is not None:
+            yield Gather(ref, name)
+        else:
+            current = ref.file
+            marks.append(Mark(name, ref.offset, ref.offset + ref.nbytes))
+    if current is not None and marks:
+        yield Span(current, marks[0].start, marks[-1].stop, tuple(marks))
+
+
+# memory
+
+
+def make_budget(limit: int, reads: Sequence[ReadList]) -> Budget:
+    """Spend ``limit`` bytes on windows for the inputs and the output, and on tiles where an input is gathered.
+
+    Raises:
+        UsageError: the limit is too low; the message names the least that works.
+    """
+    gathering = sum(any(isinstance(step, Gather) for step in read.steps) for read in reads)
+    streams = len(reads) + 1
+    least = 2 * streams * _SMALLEST_CHUNK + gathering * 4 * _SMALLEST_CHUNK
+    if limit < least:
+        message = f"{limit:,} bytes are too few for this plan; the least that works is {-(-least >> 10)}KiB"
+        refuse([Problem("memory_limit", "--memory-limit", message)])
+    tile = limit // 4 // max(1, gathering) if gathering else 0
+    left = limit - tile * gathering
+    chunk = min(_LARGEST_CHUNK, left // (4 * streams) // ALIGNMENT * ALIGNMENT)
+    chunk = max(chunk, _SMALLEST_CHUNK)
+    windows = min(8, left // (streams * chunk))
+    return Budget(chunk, windows, tile, windows * streams * chunk + tile * gathering)

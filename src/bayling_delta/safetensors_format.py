@@ -1,0 +1,136 @@
+"""The safetensors header: parsed from a file, laid out for one.
+
+The format in a line: eight bytes little-endian N, N bytes of JSON, the data without holes.
+Source: safetensors README, "Format"; where the reference library is lenient, this reader is not.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.sources import Source, read_bytes
+from bayling_delta.tensors import DTYPES, TensorRef
+
+__all__ = ["lay_out", "parse"]
+
+_HEADER_CAP = 100_000_000
+"""Bytes; the reference library's own limit."""
+_RANK_CAP = 64
+"""Dimensions; numpy's limit, and far above any model's."""
+_NEWER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64")
+
+
+def parse(source: Source) -> dict[str, TensorRef]:
+    """Return the file's tensors by name, in the order of their bytes, without reading any of them.
+
+    Raises:
+        CheckpointError: the header is not one that the format allows, or the file is shorter or longer
+            than its header says.
+    """
+    path = source.path
+    head = read_bytes(source, 0, 8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8:
+        raise _damaged(path, f"has {source.size} bytes, too few for a safetensors header")
+    if length > _HEADER_CAP:
+        raise _damaged(path, f"its header claims {length:,} bytes; the format allows {_HEADER_CAP:,}")
+    text = read_bytes(source, 8, length)
+    if len(text) < length:
+        raise _short(path, source.size, 8 + length)
+    entries = _load_header(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "__metadata__ is not a table of strings")
+
+    start = 8 + length
+    refs = [(name, *_entry(path, start, name, entry)) for name, entry in entries.items()]
+    refs.sort(key=lambda item: (item[1].offset, item[2]))
+    position = start
+    for name, ref, end in refs:
+        if ref.offset != position:
+            wrong = "overlaps the tensor before it" if ref.offset < position else "leaves a hole before it"
+            raise _damaged(path, f"{name} {wrong}")
+        position = end
+    if source.size < position:
+        raise _short(path, source.size, position)
+    if source.size > position:
+        raise _damaged(path, f"has {source.size - position:,} bytes after its last tensor")
+    return {name: ref for name, ref, _ in refs}
+
+
+def _load_header(path: Path, text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise _damaged(path, "its header does not begin with '{'; this is not a safetensors file")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise _damaged(path, f"its header has {twice!r} twice")
+        return table
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return entries
+
+
+def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[TensorRef, int]:
+    """One tensor's reference, and the byte after its last, both from the start of the file."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _damaged(path, f"{name} lacks one of dtype, shape, data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype in _NEWER_DTYPES:
+        raise CheckpointError(
+            Problem("unsupported", str(path), f"{name} has dtype {dtype}, which is not read here; quantised weights?")
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
+    if not _counts(shape) or len(shape) > _RANK_CAP:
+        raise _damaged(path, f"{name} has the shape {str(shape)[:80]}, which is not a list of sizes")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, f"{name} has the data_offsets {str(offsets)[:80]}, which are not a range")
+    ref = TensorRef(path, start + offsets[0], dtype, tuple(shape))
+    if ref.nbytes != offsets[1] - offsets[0]:
+        raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {offsets[1] - offsets[0]:,}")
+    return ref, start + offsets[1]
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(Problem("damaged", str(path), what))
+
+
+def _short(path: Path, size: int, needed: int) -> CheckpointError:
+    return CheckpointError(
+        Problem("incomplete", str(path), f"has {size:,} bytes, its header needs {needed:,}; download it again")
+    )
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's complete header, and where in that file each tensor starts.
+
+    ``tensors`` are (name, dtype, shape), distinct in name; starts are bytes from the file's beginning.
+    Wider dtypes come first, so that every tensor is aligned to its elements; within a width the caller's
+    order stays. There are no gaps: the format allows none.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    starts: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPES[tensor[1]]):  # a stable sort
+        starts[name], end = end, end + math.prod(shape) * DTYPES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # readers that map the file want the data 8-aligned
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}

@@ -1,0 +1,41 @@
+"""Where a result goes: files of a new directory."""
+
+from pathlib import Path
+
+from bayling_delta.files import FileWriter
+from bayling_delta.plan import OutputFile
+
+__all__ = ["DirectorySink"]
+
+
+class DirectorySink:
+    """Writes each output file into a directory, and syncs it when it is whole."""
+
+    def __init__(self, directory: Path, *, direct: bool = True) -> None:
+        self._directory = directory
+        self._direct = direct
+        self._writer: FileWriter | None = None
+
+    def begin(self, file: OutputFile) -> None:
+        """Create the file at its full size."""
+        self._writer = FileWriter(self._directory / file.name, file.size, direct=self._direct)
+
+    def write(self, buffer: memoryview, offset: int, count: int) -> None:
+        """Write the file's next bytes."""
+        self._open_writer().write(buffer, offset, count)
+
+    def end(self) -> None:
+        """Sync and close the file."""
+        self._open_writer().finish()
+        self.close()
+
+    def close(self) -> None:
+        """Close what a failed run left open."""
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def _open_writer(self) -> FileWriter:
+        if self._writer is None:
+            raise RuntimeError("bytes were given before their file was begun")
+        return self._writer

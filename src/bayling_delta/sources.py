@@ -1,0 +1,170 @@
+"""Reading bytes at an offset into a buffer: directly from the disk, or through the page cache.
+
+The one module that reads the disk. An `OSError` becomes a `CheckpointError` that names the file.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bayling_delta import system
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.system import ALIGNMENT
+
+__all__ = ["Source", "file_size", "list_directory", "open_source", "read_bytes", "read_file"]
+
+_CACHED_BYTES = 1 << 24
+"""How far a read through the page cache runs before the pages behind it are given back."""
+
+
+@dataclass(slots=True)
+class Source:
+    """An open regular file."""
+
+    path: Path
+    handle: int
+    direct: bool
+    """Whether reads pass by the page cache; they must then be aligned."""
+    size: int
+    """Bytes, when it was opened."""
+    modified_ns: int
+    _dropped: int = 0
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What would differ if the file were changed: its size and time of change."""
+        return self.size, self.modified_ns
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` from ``offset`` on, as far as the file goes; return the number of bytes read.
+
+        A direct source wants offset, length and address to be multiples of `ALIGNMENT`.
+
+        Raises:
+            CheckpointError: the system cannot read here.
+        """
+        if self.direct and (offset % ALIGNMENT or len(view) % ALIGNMENT):
+            raise ValueError(f"direct read of {len(view)} bytes at {offset} is not aligned")
+        done = 0
+        while done < len(view):
+            try:
+                count = system.calls.read_into(self.handle, view[done:], offset + done)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if self.direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP) and self._leave_direct():
+                    continue
+                raise _unreadable(self.path, error) from error
+            if count == 0:
+                break
+            done += count
+            if self.direct and done % ALIGNMENT:  # a direct read that ends off the grid has met the end
+                break
+        return done
+
+    def _leave_direct(self) -> bool:
+        """Some file systems take the flag and refuse the read: go on through the page cache."""
+        other = system.calls.open_read(self.path, direct=False)
+        system.calls.close(self.handle)
+        self.handle, self.direct = other, False
+        return True
+
+    def forget(self, offset: int) -> None:
+        """Give the page cache's copy of what lies before ``offset`` back, now and then."""
+        if not self.direct and offset - self._dropped >= _CACHED_BYTES:
+            system.calls.drop_cached(self.handle, self._dropped, offset - self._dropped)
+            self._dropped = offset
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if the file's size or time is not what it was when it was opened."""
+        now = system.calls.stat_handle(self.handle)
+        if (now.st_size, now.st_mtime_ns) != self.stamp:
+            raise CheckpointError(changed(self.path))
+
+
+def changed(path: Path) -> Problem:
+    """The finding that an input is not what it was when the plan was made."""
+    return Problem("changed", str(path), "changed while it was being read; let the download finish, then run again")
+
+
+@contextmanager
+def open_source(path: Path, *, direct: bool = False) -> Iterator[Source]:
+    """Open a regular file, or a link to one, for reading; past the page cache where asked and possible.
+
+    Raises:
+        CheckpointError: it is absent, not a regular file, or the system refuses.
+    """
+    direct = direct and system.calls.direct_io
+    try:
+        try:
+            handle = system.calls.open_read(path, direct=direct)
+        except OSError as error:
+            if not direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            direct = False
+            handle = system.calls.open_read(path, direct=False)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    source = Source(path, handle, direct, 0, 0)
+    try:
+        status = system.calls.stat_handle(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(Problem("unreadable", str(path), "is not a regular file"))
+        source.size, source.modified_ns = status.st_size, status.st_mtime_ns
+        yield source
+    finally:
+        system.calls.close(source.handle)
+
+
+def read_bytes(source: Source, offset: int, length: int) -> bytes:
+    """Return up to ``length`` bytes from ``offset`` on, fewer only at the end of the file.
+
+    The caller bounds ``length``; the source must not be a direct one.
+    """
+    buffer = bytearray(max(0, min(length, source.size - offset)))
+    return bytes(buffer[: source.read_into(memoryview(buffer), offset)])
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Return a small file whole.
+
+    Raises:
+        CheckpointError: it cannot be read, or has more than ``limit`` bytes.
+    """
+    with open_source(path) as source:
+        if source.size > limit:
+            raise CheckpointError(
+                Problem("unsupported", str(path), f"has {source.size:,} bytes; at most {limit:,} are read here")
+            )
+        return read_bytes(source, 0, source.size)
+
+
+def file_size(path: Path) -> int | None:
+    """The size in bytes of a regular file or a link to one; None if there is no such file."""
+    try:
+        status = system.calls.stat(path)
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def list_directory(path: Path) -> list[str]:
+    """The names in a directory, sorted.
+
+    Raises:
+        CheckpointError: it is absent or cannot be listed.
+    """
+    try:
+        return sorted(system.calls.list_directory(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    reason = error.strerror or os.strerror(error.errno or 0)
+    kind = "not_found" if error.errno == errno.ENOENT else "unreadable"
+    return CheckpointError(Problem(kind, str(path), f"cannot be read ({reason})"))

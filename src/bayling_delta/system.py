@@ -1,0 +1,220 @@
+"""The seam to the operating system: every call that reads or changes the disk goes through `calls`.
+
+`sources` makes the reads and `files` makes the changes; nothing else touches the disk. Tests replace
+`calls` to count calls, to make one fail, or to take the portable way on Linux. The methods raise
+`OSError`; its meaning is the caller's business.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["ALIGNMENT", "PortableSystem", "System", "calls", "using"]
+
+ALIGNMENT = 4096
+"""Bytes: what direct I/O wants offsets, lengths and buffers to be multiples of."""
+
+
+class System:
+    """The calls as Linux has them."""
+
+    direct_io = hasattr(os, "O_DIRECT")
+    """Whether files can be opened past the page cache."""
+
+    # reading
+
+    def open_read(self, path: Path, *, direct: bool) -> int:
+        """Open for reading only. Never blocks on a FIFO: the caller checks that it got a regular file."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0))
+
+    def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+        """Read at ``offset`` into ``view``; may return less, and 0 only at the end of the file."""
+        return os.preadv(handle, [view], offset)
+
+    def stat_handle(self, handle: int) -> os.stat_result:
+        return os.fstat(handle)
+
+    def stat(self, path: Path) -> os.stat_result:
+        return os.stat(path)
+
+    def list_directory(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+    def exists(self, path: Path) -> bool:
+        """Whether anything has this name, a dangling link included."""
+        return os.path.lexists(path)
+
+    def free_bytes(self, path: Path) -> int:
+        """What an unprivileged user may still write to the file system of ``path``."""
+        usage = os.statvfs(path)
+        return usage.f_bavail * usage.f_frsize
+
+    def advise_random(self, handle: int) -> None:
+        """Tell the page cache that reads will jump about."""
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def advise_sequential(self, handle: int) -> None:
+        """Tell the page cache that reads will go forward."""
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def drop_cached(self, handle: int, offset: int, length: int) -> None:
+        """Tell the page cache that these bytes will not be needed again."""
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+
+    # changing
+
+    def open_write(self, path: Path, *, direct: bool) -> int:
+        """Create a file that must not exist yet, for writing."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        return os.open(path, flags, 0o666)
+
+    def write_from(self, handle: int, view: memoryview, offset: int) -> int:
+        """Write ``view`` at ``offset``; may write less."""
+        return os.pwrite(handle, view, offset)
+
+    def preallocate(self, handle: int, size: int) -> None:
+        os.posix_fallocate(handle, 0, size)
+
+    def truncate(self, handle: int, size: int) -> None:
+        os.ftruncate(handle, size)
+
+    def sync(self, handle: int) -> None:
+        os.fsync(handle)
+
+    def sync_directory(self, path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def close(self, handle: int) -> None:
+        os.close(handle)
+
+    def make_directory(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def remove_file(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_directory(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def rename_new(self, old: Path, new: Path) -> None:
+        """Rename; raise `FileExistsError` rather than replace anything, an empty directory included."""
+        status = _renameat2(old, new)
+        if status in (errno.ENOSYS, errno.EINVAL):  # an old kernel, or a file system that cannot promise it
+            if os.path.lexists(new):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+            os.rename(old, new)
+        elif status:
+            raise OSError(status, os.strerror(status), str(new))
+
+    def lock(self, handle: int) -> bool:
+        """Take an exclusive lock on an open file without waiting; False if another process has it."""
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class PortableSystem(System):
+    """The same with nothing but what every platform's Python has; for macOS and Windows, and for tests."""
+
+    direct_io = False
+
+    def __init__(self) -> None:
+        self._seek = threading.Lock()  # a position is shared by all users of a handle
+
+    def open_read(self, path: Path, *, direct: bool) -> int:  # noqa: ARG002
+        if not stat.S_ISREG(os.stat(path).st_mode):  # there is no O_NONBLOCK to make opening a FIFO safe
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+        with self._seek:
+            os.lseek(handle, offset, os.SEEK_SET)
+            data = os.read(handle, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def free_bytes(self, path: Path) -> int:
+        import shutil
+
+        return shutil.disk_usage(path).free
+
+    def advise_random(self, handle: int) -> None:
+        pass
+
+    def advise_sequential(self, handle: int) -> None:
+        pass
+
+    def drop_cached(self, handle: int, offset: int, length: int) -> None:
+        pass
+
+    def open_write(self, path: Path, *, direct: bool) -> int:  # noqa: ARG002
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+    def write_from(self, handle: int, view: memoryview, offset: int) -> int:
+        with self._seek:
+            os.lseek(handle, offset, os.SEEK_SET)
+            return os.write(handle, view)
+
+    def preallocate(self, handle: int, size: int) -> None:
+        pass
+
+    def sync_directory(self, path: Path) -> None:
+        if os.name != "nt":  # Windows has no handle to a directory that could be synced
+            super().sync_directory(path)
+
+    def rename_new(self, old: Path, new: Path) -> None:
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
+        os.rename(old, new)
+
+    def lock(self, handle: int) -> bool:
+        if os.name != "nt":
+            return super().lock(handle)
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError:
+            return False
+        return True
+
+
+def _renameat2(old: Path, new: Path) -> int:
+    """Linux renameat2(2) with RENAME_NOREPLACE; return 0 or the errno."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return errno.ENOSYS
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    if function(here, os.fsencode(old), here, os.fsencode(new), no_replace) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+calls: System = System() if sys.platform == "linux" else PortableSystem()
+"""What is in use. Read it as ``system.calls`` at each use, so that `using` has its effect."""
+
+
+@contextmanager
+def using(replacement: System) -> Iterator[System]:
+    """Let every call go to ``replacement`` while the body runs."""
+    global calls
+    previous, calls = calls, replacement
+    try:
+        yield replacement
+    finally:
+        calls = previous

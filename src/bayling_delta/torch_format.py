@@ -1,0 +1,99 @@
+"""PyTorch's zip checkpoints (``.bin``, ``.pt``, ``.pth`` since 1.6): from the archive to tensor references.
+
+Layout: ``ROOT/data.pkl`` describes the tensors, ``ROOT/data/KEY`` are their storages, stored as they are;
+several tensors may view one storage. Nothing in the file is executed: see `state_pickle`.
+Source: torch/serialization.py, and files written by PyTorch 1.6 to 2.13.
+"""
+
+from pathlib import Path
+
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.sources import Source, read_bytes
+from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
+from bayling_delta.tensors import DTYPES, TensorRef, row_major
+from bayling_delta.zip_records import Record, read_records
+
+__all__ = ["parse"]
+
+_PICKLE_CAP = 100_000_000
+"""Bytes; a model of 100,000 tensors needs some 25 million."""
+_RANK_CAP = 64
+
+
+def parse(source: Source) -> dict[str, TensorRef]:
+    """Return the tensors of a zip checkpoint by name, in the state dict's order, without reading any.
+
+    Raises:
+        CheckpointError: the archive or its pickle is damaged, not a plain state dict, or asks for
+            something that no state dict needs.
+    """
+    path = source.path
+    records = read_records(source)
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise _unsupported(path, "is a zip archive, but not one of PyTorch's: it has no single ROOT/data.pkl")
+    root = roots[0]
+    if f"{root}constants.pkl" in records or any(name.startswith(f"{root}code/") for name in records):
+        raise _unsupported(
+            path,
+            "is a TorchScript archive, a program and not a state dict; where you trust it, load it with "
+            "torch.jit.load and save its state_dict() with safetensors.torch.save_file",
+        )
+    _check_byte_order(source, records.get(f"{root}byteorder"))
+    pickle = records[f"{root}data.pkl"]
+    if pickle.size > _PICKLE_CAP:
+        raise _unsupported(path, f"its pickle has {pickle.size:,} bytes; at most {_PICKLE_CAP:,} are read")
+    try:
+        specs = read_state_dict(read_bytes(source, pickle.offset, pickle.size))
+    except PickleError as error:
+        kind = "unsafe_pickle" if error.unsafe else "unsupported" if error.unsupported else "damaged"
+        raise CheckpointError(Problem(kind, str(path), str(error))) from error
+    return {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
+
+
+def _check_byte_order(source: Source, record: Record | None) -> None:
+    if record is None:  # writers before 2.1 did not say, and were little-endian
+        return
+    order = read_bytes(source, record.offset, min(record.size, 16))
+    if order != b"little":
+        raise _unsupported(
+            source.path,
+            f"its numbers are {order.decode('ascii', 'replace')}-endian; on a machine of that kind load it with "
+            "torch.load and save it with safetensors.torch.save_file, which writes little-endian",
+        )
+
+
+def _reference(path: Path, root: str, records: dict[str, Record], name: str, spec: TensorSpec) -> TensorRef:
+    storage = spec.storage
+    item_bytes = DTYPES[storage.dtype]
+    record = records.get(f"{root}data/{storage.key}")
+    if record is None:
+        raise _damaged(path, f"{name} lies in storage {storage.key!r}, which the archive does not have")
+    if record.size != storage.elements * item_bytes:
+        raise _damaged(
+            path,
+            f"{name} lies in a storage of {storage.elements:,} {storage.dtype} elements, "
+            f"but its record has {record.size:,} bytes",
+        )
+    if len(spec.shape) != len(spec.strides) or len(spec.shape) > _RANK_CAP:
+        raise _damaged(path, f"{name} has {len(spec.shape)} dimensions and {len(spec.strides)} strides")
+    if spec.offset < 0 or min(spec.shape + spec.strides, default=0) < 0:
+        raise _damaged(path, f"{name} has a negative offset, size or stride")
+    if 0 not in spec.shape:
+        last = spec.offset + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
+        if last >= storage.elements:
+            raise _damaged(path, f"{name} reaches to element {last:,} of a storage of {storage.elements:,}")
+    contiguous = 0 in spec.shape or all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(spec.shape, spec.strides, row_major(spec.shape), strict=True)
+    )
+    offset = record.offset + spec.offset * item_bytes
+    return TensorRef(path, offset, storage.dtype, spec.shape, None if contiguous else spec.strides)
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(Problem("damaged", str(path), what))
+
+
+def _unsupported(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(Problem("unsupported", str(path), what))
