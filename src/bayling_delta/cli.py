@@ -87,7 +87,7 @@ _PATH: Final = click.Path(path_type=Path)
 # the commands
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="bayling-delta")
 def commands() -> None:
     r"""Rebuild a language model from a published weight delta, and prove that what came out is right.
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = done.exit_code
     except click.ClickException as error:
         code = 2
-        hint = f"\nTry 'bayling-delta {command} --help'." if command in commands.commands else ""
+        hint = f"\nTry '{' '.join(['bayling-delta', command][: 1 + (command in commands.commands)])} --help'."
         text = report.readable(f"error: {error.format_message()}") + hint
         _fail(report.usage_document(command, "usage", error.format_message()), text, as_json)
     except BrokenPipeError:  # whoever read our output has gone

@@ -1,0 +1,222 @@
+"""The command line as a user meets it: a process, its exit code, its two streams."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayling_delta.cli import Size
+from bayling_delta.files import partial_path
+from tests.pairs import llama, save
+
+Run = subprocess.CompletedProcess[str]
+
+
+def bayling_delta(*words: str | Path, **options: Any) -> Run:
+    command = [sys.executable, "-m", "bayling_delta", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, ...]:
+    save(tmp_path / "base", llama(1), shards=2)
+    save(tmp_path / "delta", llama(2, 0.01), shards=2)
+    return ("--base", str(tmp_path / "base"), "--delta", str(tmp_path / "delta"), "--out", str(tmp_path / "out"))
+
+
+def test_apply_says_what_it_made(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    done = bayling_delta("apply", *pair)
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = json.loads((tmp_path / "out" / "bayling-delta.json").read_text())
+    assert manifest["result"]["weights_digest"] in done.stdout
+    assert "nothing recorded to compare with" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_json_is_one_document_and_the_manifest(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    done = bayling_delta("apply", *pair, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "bayling-delta.json").read_text())
+
+
+def test_quiet_says_nothing(pair: tuple[str, ...]) -> None:
+    done = bayling_delta("apply", *pair, "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_dry_run_writes_nothing_and_tells_the_plan(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = bayling_delta("apply", *pair, "--dry-run", "--max-shard-size", "50KB")
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "model-00001-of-" in done.stdout
+    assert "Nothing was written" in done.stdout
+    document = json.loads(bayling_delta("apply", *pair, "--dry-run", "--json").stdout)
+    assert document["schema"] == "bayling-delta/plan/1"
+    bayling_delta("apply", *pair)
+    made = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert document["result"]["files"] == [{"name": "model.safetensors", "size": made, "tensors": 21}]
+
+
+def test_expect(pair: tuple[str, ...]) -> None:
+    digest = json.loads(bayling_delta("apply", *pair, "--json").stdout)["result"]["weights_digest"]
+    other = [*pair[:-1], pair[-1] + "-2"]
+    assert "matches --expect" in bayling_delta("apply", *other, "--expect", digest).stdout
+    failed = bayling_delta("apply", *pair[:-1], pair[-1] + "-3", "--expect", "1" * 64)
+    assert failed.returncode == 5
+    assert digest in failed.stderr
+
+
+# failures: (exit code, error.kind, words of the message)
+
+
+def failing(case: str, place: Path) -> None:
+    """Make the pair in ``place`` fail in one way."""
+    if case == "absent":
+        (place / "base" / "pytorch_model-00001-of-00002.bin").unlink()
+    elif case == "unlike":
+        (place / "delta").rename(place / "old")
+        save(place / "delta", {name: tensor for name, tensor in llama(2).items() if name != "model.norm.weight"})
+    elif case == "occupied":
+        (place / "out").mkdir()
+
+
+FAILURES = {
+    "absent": (3, "checkpoint", "download the missing shard"),
+    "unlike": (4, "mismatch", "lacks model.norm.weight"),
+    "occupied": (6, "output", "nothing is replaced"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures(tmp_path: Path, pair: tuple[str, ...], case: str) -> None:
+    code, kind, words = FAILURES[case]
+    failing(case, tmp_path)
+    done = bayling_delta("apply", *pair)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    document = json.loads(bayling_delta("apply", *pair, "--json").stdout)
+    assert (document["schema"], document["ok"]) == ("bayling-delta/apply/1", False)
+    assert document["error"]["kind"] == kind
+    assert all(problem.keys() == {"kind", "where", "message", "allow"} for problem in document["error"]["problems"])
+
+
+USAGE = [
+    ([], "Missing command"),
+    (["nonsense"], "No such command 'nonsense'"),
+    (["apply"], "Missing option '--base'"),
+    (["apply", "--base", "b", "--delta", "d", "--out", "o", "--memory-limit", "lots"], "'lots' is not a size"),
+    (["apply", "--base", "b", "--delta", "d", "--out", "o", "--max-shard-size", "0"], "not a size above 0"),
+    (["apply", "--base", "b", "--delta", "d", "--out", "o", "--expect", "abc"], "is not a SHA-256"),
+    (["apply", "--base", "b", "--delta", "d", "--out", "o", "--allow", "everything"], "'everything' is not"),
+    (["apply", "--base", "b", "--delta", "d", "--out", "o", "--threads", "0"], "0 is not in the range"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), USAGE, ids=[message for _, message in USAGE])
+def test_usage_errors(words: list[str], message: str) -> None:
+    done = bayling_delta(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    if words:
+        document = json.loads(bayling_delta(*words, "--json").stdout)
+        assert document["error"]["kind"] == "usage"
+
+
+def test_help_teaches() -> None:
+    done = bayling_delta("apply", "--help")
+    assert done.returncode == 0
+    for words in ("Examples:", "--dry-run", "bit for bit"):
+        assert words in done.stdout
+    assert "Exit codes:" in bayling_delta("--help").stdout
+
+
+def test_names_from_files_cannot_command_the_terminal(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    state = llama(2) | {"evil\x1b[2J\nname": llama(1)["model.norm.weight"]}
+    (tmp_path / "delta").rename(tmp_path / "old")
+    save(tmp_path / "delta", state)
+    done = bayling_delta("apply", *pair)
+    assert done.returncode == 3
+    assert "\x1b" not in done.stderr
+    assert "evil" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("64MiB", 1 << 26), ("1.5 kb", 1500), ("10", 10), ("2TiB", 1 << 41), ("1KiB", 1024)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+SLOW = """
+import sys, time
+from bayling_delta import system
+from bayling_delta.cli import main
+
+class Slow(system.System):
+    def write_from(self, handle, view, offset):
+        time.sleep(0.05)
+        return super().write_from(handle, view, offset)
+
+system.calls = Slow()
+main(sys.argv[1:])
+"""
+"""The program, with a disk slow enough to be interrupted in the middle."""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_leave_nothing(tmp_path: Path, pair: tuple[str, ...], number: signal.Signals, code: int) -> None:
+    words = ["apply", *pair, "--memory-limit", "128KiB"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
+    partial = partial_path(tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("model/model*.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.count("\n") == 1
+    assert f"interrupted by {number.name}" in errors
+    assert not partial.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_leaves_no_output_and_says_so_next_time(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW, "apply", *pair, "--memory-limit", "128KiB"])
+    partial = partial_path(tmp_path / "out")
+    while not list(partial.glob("model/model*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    waiting = bayling_delta("apply", *pair)
+    assert waiting.returncode == 6
+    assert "is being written by another run" in waiting.stderr
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    refused = bayling_delta("apply", *pair)
+    assert refused.returncode == 6
+    assert "is what a run left that was killed" in refused.stderr
+
+
+def test_a_reader_that_goes_away_is_no_fault(pair: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "bayling_delta", "apply", *pair, "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert "Traceback" not in done.stderr
+    assert Path(pair[-1]).exists()

@@ -1,0 +1,41 @@
+"""What is imported, and when: the heavy libraries of this field take seconds and hundreds of megabytes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pairs import llama, save
+
+HEAVY = {"torch", "transformers", "safetensors", "sentencepiece"}
+
+SHOW = """
+import json, sys
+from bayling_delta.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as done:
+    print(json.dumps([done.code, sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def modules_after(*words: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", SHOW, *words], capture_output=True, text=True)
+    code, modules = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    return set(modules)
+
+
+def test_help_imports_almost_nothing() -> None:
+    for words in (["--help"], ["apply", "--help"], ["--version"]):
+        assert not modules_after(*words) & {*HEAVY, "numpy", "numkong", "tqdm", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry-run", "apply"])
+def test_apply_does_not_import_torch(tmp_path: Path, dry: bool) -> None:
+    base, delta = save(tmp_path / "base", llama(1)), save(tmp_path / "delta", llama(2))
+    words = ["apply", "--base", str(base), "--delta", str(delta), "--out", str(tmp_path / "out")]
+    assert not modules_after(*words, *(["--dry-run"] if dry else [])) & HEAVY
+    assert (tmp_path / "out").exists() != dry
