@@ -4,6 +4,7 @@ The format of each is a promise to users; docs/formats.md describes them.
 """
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -106,4 +107,6 @@ def sums_text(digests: Mapping[str, str]) -> str:
 
 def to_json(document: Mapping[str, Any]) -> str:
     """A document as it is written and printed."""
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = io.StringIO()
+    json.dump(document, text, indent=2, ensure_ascii=False)  # in parts: dumps would hold them all at once
+    return text.getvalue() + "\n"

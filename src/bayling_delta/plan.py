@@ -4,7 +4,7 @@ Everything here is a function of headers; nothing is written, and weights are re
 two tensors that should be one are (`tied_problem`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -180,8 +180,10 @@ def make_plan(
     problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
     refuse(problems, allowed)
 
-    ordered = sorted(delta_weights.items(), key=lambda item: stored_order(*item))
-    tensors = [OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref) for name, ref in ordered]
+    tensors = [
+        OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref)
+        for name, ref in in_stored_order(delta_weights)
+    ]
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
     base_reads = make_read_list(base, [(tensor.name, tensor.base) for tensor in needed])
@@ -205,8 +207,10 @@ def pair_problems(
         )
         for name in sorted(weights.keys() - mine.keys(), key=natural_key)
     ]
-    for name in sorted(base_weights.keys() & delta_weights.keys(), key=natural_key):
-        left, right = base_weights[name], delta_weights[name]
+    for name, right in delta_weights.items():
+        left = base_weights.get(name)
+        if left is None:
+            continue
         if left.shape != right.shape:
             problems.append(
                 Problem("shape", name, f"{left} in the base, {right} in the delta; is this the right base and release?")
@@ -255,9 +259,10 @@ def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
 # laying out
 
 
-def stored_order(name: str, ref: TensorRef) -> tuple[object, ...]:
-    """A sort key for the order in which a checkpoint stores its tensors: by file, then byte, then name."""
-    return natural_key(ref.file.name), ref.offset, name
+def in_stored_order(tensors: Mapping[str, TensorRef]) -> list[tuple[str, TensorRef]]:
+    """The tensors in the order in which a checkpoint stores them: by file, then byte, then name."""
+    place = {file: natural_key(file.name) for file in {ref.file for ref in tensors.values()}}
+    return sorted(tensors.items(), key=lambda item: (place[item[1].file], item[1].offset, item[0]))
 
 
 def cut_into_files(tensors: Sequence[OutputTensor], max_shard_size: int) -> tuple[OutputFile, ...]:
