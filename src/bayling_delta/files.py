@@ -34,7 +34,7 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
             Problem(
                 "output_exists",
                 str(target),
-                "already exists, and nothing is replaced; choose another name or move it away",
+                "exists, and nothing is replaced; choose another name or move it away",
             )
         )
     partial = partial_path(target)
@@ -227,8 +227,6 @@ def _reported(path: Path) -> Iterator[None]:
 def _failed(path: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     if error.errno == errno.EEXIST:
-        return OutputError(
-            Problem("output_exists", str(path), "appeared while it was being made; nothing was replaced")
-        )
+        return OutputError(Problem("output_exists", str(path), "appeared meanwhile; nothing was replaced"))
     kind = "disk_space" if error.errno in _NO_ROOM else "write"
     return OutputError(Problem(kind, str(path), f"cannot be written ({reason})"))
