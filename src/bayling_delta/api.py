@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from bayling_delta import __version__, companions, engine
 from bayling_delta.checkpoint import Checkpoint, open_checkpoint
-from bayling_delta.engine import DEFAULT_THREADS, Outcome, Progress
+from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
 from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.files import output_problems, staged_directory, write_file
 from bayling_delta.manifest import (
@@ -26,7 +26,8 @@ from bayling_delta.manifest import (
     weights_digest,
 )
 from bayling_delta.model_card import model_card
-from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, ReadList, make_plan
+from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_plan
+from bayling_delta.reads import ReadList
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.tensors import DTYPES
 
@@ -130,7 +131,7 @@ def apply(
 
 def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:
     """What only the finished sum can show."""
-    problems = [
+    problems = outcome.damage + [
         Problem(
             "non_finite",
             name,
@@ -147,7 +148,8 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
 
 def _tensor_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
     return [
-        TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.tensors[tensor.name]) for tensor in plan.tensors
+        TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.result.tensors[tensor.name])
+        for tensor in plan.tensors
     ]
 
 
@@ -171,8 +173,8 @@ def _write_down(
         "recipe": plan.recipe,
         "options": options,
         "inputs": {
-            "base": _input_section(plan.base, plan.base_reads, outcome.base),
-            "delta": _input_section(plan.delta, plan.delta_reads, outcome.delta),
+            "base": _input_section(plan.base, outcome.base),
+            "delta": _input_section(plan.delta, outcome.delta),
         },
         "result": result,
         "changes": [{"file": file.name, "change": change} for file in beside for change in file.changes],
@@ -188,7 +190,7 @@ def _write_down(
     small = {file.name: file.data for file in beside}
     if len(plan.files) > 1:
         small["model.safetensors.index.json"] = _index(plan, placed)
-    result["files"] = [file_entry(file.name, file.size, outcome.files[file.name]) for file in plan.files]
+    result["files"] = [file_entry(file.name, file.size, outcome.result.files[file.name]) for file in plan.files]
     small["README.md"] = model_card(manifest).encode()
     result["files"] += [small_file_entry(name, data) for name, data in small.items()]
     small[MANIFEST_NAME] = to_json(manifest).encode()
@@ -199,20 +201,22 @@ def _write_down(
     return manifest
 
 
-def _input_section(checkpoint: Checkpoint, reads: ReadList, digests: dict[str, str]) -> dict[str, Any]:
+def _input_section(checkpoint: Checkpoint, digests: Digests) -> dict[str, Any]:
     """What the manifest says of an input: digested by file, or by tensor."""
-    by_file = digests if reads.digested == "file" else {}
     whole: str | None = None
-    if reads.digested == "tensor":
+    if digests.tensors:
         weights = checkpoint.weights
         whole = weights_digest(
-            TensorDigest(name, weights[name].dtype, weights[name].shape, digest) for name, digest in digests.items()
+            TensorDigest(name, weights[name].dtype, weights[name].shape, digest)
+            for name, digest in digests.tensors.items()
         )
     return {
         "name": None,
         "container": checkpoint.container,
         "weights_digest": whole,
-        "files": [file_entry(file.path.name, file.size, by_file.get(file.path.name)) for file in checkpoint.files],
+        "files": [
+            file_entry(file.path.name, file.size, digests.files.get(file.path.name)) for file in checkpoint.files
+        ],
     }
 
 
@@ -253,9 +257,17 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             "windows": plan.budget.windows,
             "tile": plan.budget.tile_bytes,
         },
-        "digested": {"base": plan.base_reads.digested, "delta": plan.delta_reads.digested, "result": "tensor and file"},
+        "digested": {
+            "base": _digested(plan.base_reads),
+            "delta": _digested(plan.delta_reads),
+            "result": "file and tensor",
+        },
         "notes": list(plan.notes),
     }
+
+
+def _digested(reads: ReadList) -> str:
+    return "tensor" if reads.tensors else "file"
 
 
 def _reads_section(checkpoint: Checkpoint, reads: ReadList) -> dict[str, Any]:

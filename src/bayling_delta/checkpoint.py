@@ -14,6 +14,7 @@ from bayling_delta import safetensors_format, torch_format
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import file_size, list_directory, open_source, read_bytes, read_file
 from bayling_delta.tensors import TensorRef
+from bayling_delta.zip_records import Record
 
 __all__ = ["EMBEDDING", "HEAD", "Checkpoint", "WeightFile", "is_rotary_buffer", "open_checkpoint"]
 
@@ -31,6 +32,8 @@ class WeightFile:
     size: int
     """Bytes."""
     modified_ns: int
+    records: tuple[Record, ...] = ()
+    """A ``.bin`` file's zip records by offset, where it has their CRC-32."""
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -218,14 +221,14 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
 def _open_file(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
     """One file's container, itself, and its tensors."""
     with open_source(path) as source:
-        file = WeightFile(path, source.size, source.modified_ns)
         head = read_bytes(source, 0, 512)
         if head.startswith(b"PK\x03\x04"):
-            return "torch", file, torch_format.parse(source)
+            refs, records = torch_format.parse(source)
+            return "torch", WeightFile(path, *source.stamp, records), refs
         if reason := _not_weights(head, source.size):
             kind, message = reason
             raise CheckpointError(Problem(kind, str(path), message))
-        return "safetensors", file, safetensors_format.parse(source)
+        return "safetensors", WeightFile(path, *source.stamp), safetensors_format.parse(source)
 
 
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")

@@ -9,7 +9,6 @@ slowest station sets the pace, and memory stays what the plan says.
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -17,12 +16,15 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from bayling_delta.arithmetic import STORED, Array, Operation, make_addition
+from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.crew import Crew, Station
+from bayling_delta.errors import Problem
 from bayling_delta.plan import Budget, OutputFile, OutputTensor, Plan
+from bayling_delta.reads import ReadList
 from bayling_delta.tensors import DTYPES, TensorRef
-from bayling_delta.windows import Digester, Reader, Window, allocate
+from bayling_delta.windows import Digester, Reader, RecordChecker, Window, allocate
 
-__all__ = ["DEFAULT_THREADS", "Outcome", "Progress", "Sink", "run"]
+__all__ = ["DEFAULT_THREADS", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
 
 DEFAULT_THREADS: Final = 8
 """As many as there are stations; at any time most of them wait for the disk or for each other."""
@@ -51,18 +53,28 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a run found out. Digests are SHA-256 in hex."""
+class Digests:
+    """SHA-256 in hex, of what was digested of a checkpoint."""
 
-    base: dict[str, str]
-    """Of the base, by file name or by tensor, as its read list says."""
-    delta: dict[str, str]
-    tensors: dict[str, str]
-    """Of the result, by tensor."""
     files: dict[str, str]
-    """Of the result, by file."""
+    """By file name."""
+    tensors: dict[str, str]
+    """By tensor name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run found out."""
+
+    base: Digests
+    """By file or by tensor, as its read list says."""
+    delta: Digests
+    result: Digests
+    """By file and by tensor."""
     non_finite: dict[str, int]
     """How many elements are infinite or NaN, for the tensors that have any."""
+    damage: list[Problem]
+    """Records of ``.bin`` inputs whose bytes are not those that were written."""
 
 
 def run(
@@ -82,114 +94,164 @@ def run(
         CheckpointError: an input cannot be read, or is not what the plan was made of.
         OutputError: from the sink.
     """
-    crew = Crew(threads)
-    release = _Release(crew)
-    adding, to_tensors, to_files, to_sink = Station(), Station(), Station(), Station()
-
-    def emit(window: Window) -> None:
-        window.users = 3
-        for station in (to_tensors, to_files, to_sink):
-            crew.post(station, window)
-
-    adder = _Adder(plan.files, release, emit)
-    adding.handle = adder.take
+    flow = _Flow(threads, direct)
+    adding = Station()
     tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors})
     files = Digester({file.name: file.size for file in plan.files})
-    to_tensors.handle = _digesting(tensors, release)
-    to_files.handle = _digesting_files(files, release)
-    to_sink.handle = _handing_over(sink, release)
-
-    digesters: dict[str, Digester] = {}
-    with ExitStack() as stack:
-        free = [(adding, window) for window in _windows("result", plan.budget, adding)]
-        for stream, checkpoint, reads in (
-            ("base", plan.base, plan.base_reads),
-            ("delta", plan.delta, plan.delta_reads),
-        ):
-            stamps = {file.path: file.stamp for file in checkpoint.files}
-            reader = Reader(reads, stamps, plan.budget.tile_bytes, direct=direct)
-            stack.callback(reader.close)
-            digesters[stream] = Digester(reads.digests)
-            to_digest = Station(_digesting(digesters[stream], release))
-            filling = Station(_filling(crew, reader, to_digest, adding))
-            free += [(filling, window) for window in _windows(stream, plan.budget, filling)]
-        stack.enter_context(crew)  # last, so that the threads have ended when the readers are closed
-        for station, window in free:
-            crew.post(station, window)
-        total = sum(tensor.nbytes for tensor in plan.tensors)
-        while not crew.wait_until_idle(_TICK_SECONDS):
-            if progress is not None:
-                progress(adder.done_bytes, total)
-        if progress is not None:
-            progress(adder.done_bytes, total)
+    users = [
+        flow.station(lambda window: tensors.update(window.buffer, window.tensors)),
+        flow.station(lambda window: _digest_file(files, window)),
+        flow.station(lambda window: _hand_over(sink, window)),
+    ]
+    adder = _Adder(plan.files, flow.release, lambda window: flow.share(window, users))
+    adding.handle = adder.take
+    flow.supply("result", plan.budget, adding)
+    base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding)
+    delta = flow.read("delta", plan.delta, plan.delta_reads, plan.budget, adding)
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    flow.run(lambda: progress(adder.done_bytes, total) if progress else None)
     if not adder.finished:
         raise RuntimeError("the addition came to a stop before its end")
     return Outcome(
-        digesters["base"].finish(), digesters["delta"].finish(), tensors.finish(), files.finish(), adder.non_finite
+        base.digests(),
+        delta.digests(),
+        Digests(files.finish(), tensors.finish()),
+        adder.non_finite,
+        [*base.damage(), *delta.damage()],
     )
+
+
+def digest(
+    checkpoint: Checkpoint,
+    reads: ReadList,
+    budget: Budget,
+    *,
+    threads: int = DEFAULT_THREADS,
+    direct: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Digests, list[Problem]]:
+    """Read a checkpoint as its read list says, and return its digests and the damage found by checksums.
+
+    Raises:
+        CheckpointError: it cannot be read, or changes meanwhile.
+    """
+    flow = _Flow(threads, direct)
+    found = flow.read("base", checkpoint, reads, budget, None)
+    flow.run(lambda: progress(min(found.reader.done_bytes, reads.nbytes), reads.nbytes) if progress else None)
+    return found.digests(), found.damage()
 
 
 # the stations
 
 
-class _Release:
-    """Gives a window back when the last of its users calls this."""
+class _Flow:
+    """The crew, the windows, and what fills and digests them, for one run."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, threads: int, direct: bool) -> None:
+        self._crew = Crew(threads)
+        self._direct = direct
         self._lock = threading.Lock()
+        self._free: list[Window] = []
+        self._readers: list[Reader] = []
 
-    def __call__(self, window: Window) -> None:
+    def supply(self, stream: str, budget: Budget, home: Station) -> None:
+        """Make the windows of a stream; they start, and end up, at their home."""
+        self._free += [Window(stream, buffer, home) for buffer in allocate(budget.chunk_bytes, budget.windows)]
+
+    def read(
+        self, stream: str, checkpoint: Checkpoint, reads: ReadList, budget: Budget, then: Station | None
+    ) -> "_Input":
+        """Have a checkpoint read and digested, and every window given to ``then`` too."""
+        reader = Reader(reads, {file.path: file.stamp for file in checkpoint.files}, budget.tile_bytes, self._direct)
+        found = _Input(reader, Digester(reads.files), Digester(reads.tensors), RecordChecker(reads))
+        users = [self.station(found.check_files)]
+        if reads.tensors:
+            users.append(self.station(found.check_tensors))
+        if then is not None:
+            users.append(then)
+        self.supply(stream, budget, Station(lambda window: self.share(window, users) if reader.fill(window) else None))
+        self._readers.append(reader)
+        return found
+
+    def station(self, use: Callable[[Window], None]) -> Station:
+        """A station that does one thing with a window, and releases it."""
+
+        def handle(window: Window) -> None:
+            use(window)
+            self.release(window)
+
+        return Station(handle)
+
+    def share(self, window: Window, users: Sequence[Station]) -> None:
+        """Give a window to several stations, each of which will release it."""
+        window.users = len(users)
+        for user in users:
+            self._crew.post(user, window)
+
+    def release(self, window: Window) -> None:
+        """One user is done with a window; when all are, it goes home."""
         with self._lock:
             window.users -= 1
             free = not window.users
         if free:
             self._crew.post(window.home, window)
 
-
-def _windows(stream: str, budget: Budget, home: Station) -> list[Window]:
-    return [Window(stream, buffer, home) for buffer in allocate(budget.chunk_bytes, budget.windows)]
-
-
-def _filling(crew: Crew, reader: Reader, to_digest: Station, adding: Station) -> Callable[[Window], None]:
-    def fill(window: Window) -> None:
-        if reader.fill(window):
-            window.users = 2
-            crew.post(to_digest, window)
-            crew.post(adding, window)
-
-    return fill
-
-
-def _digesting(digester: Digester, release: _Release) -> Callable[[Window], None]:
-    def digest(window: Window) -> None:
-        digester.update(window.buffer, window.pieces)
-        release(window)
-
-    return digest
+    def run(self, tick: Callable[[], None]) -> None:
+        """Let everything flow until it comes to rest, calling ``tick`` in this thread now and then."""
+        try:
+            with self._crew:  # when this is left, all threads have ended
+                for window in self._free:
+                    self._crew.post(window.home, window)
+                while not self._crew.wait_until_idle(_TICK_SECONDS):
+                    tick()
+            tick()
+        finally:
+            for reader in self._readers:
+                reader.close()
 
 
-def _digesting_files(digester: Digester, release: _Release) -> Callable[[Window], None]:
-    def digest(window: Window) -> None:
-        if isinstance(window.space, OutputFile):
-            digester.update(window.buffer, [(window.space.name, 0, window.stop - window.origin)])
-        release(window)
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """What is found out about one input."""
 
-    return digest
+    reader: Reader
+    _files: Digester
+    _tensors: Digester
+    _records: RecordChecker
+
+    def check_files(self, window: Window) -> None:
+        if window.whole and isinstance(window.space, Path):
+            piece = (window.space.name, window.start - window.origin, window.stop - window.origin)
+            self._files.update(window.buffer, [piece])
+        if window.records and isinstance(window.space, Path):
+            self._records.update(window.space, window.buffer, window.records)
+
+    def check_tensors(self, window: Window) -> None:
+        self._tensors.update(window.buffer, window.tensors)
+
+    def digests(self) -> Digests:
+        return Digests(self._files.finish(), self._tensors.finish())
+
+    def damage(self) -> list[Problem]:
+        return [
+            Problem("crc", str(file), f"record {record.name} is damaged: its CRC-32 is wrong; download the file again")
+            for file, record in self._records.damaged
+        ]
 
 
-def _handing_over(sink: Sink, release: _Release) -> Callable[[Window], None]:
-    def hand_over(window: Window) -> None:
-        file = window.space
-        if isinstance(file, OutputFile):
-            if not window.origin:
-                sink.begin(file)
-            sink.write(window.buffer, window.origin, window.stop - window.origin)
-            if window.stop == file.size:
-                sink.end()
-        release(window)
+def _digest_file(digester: Digester, window: Window) -> None:
+    if isinstance(window.space, OutputFile):
+        digester.update(window.buffer, [(window.space.name, 0, window.stop - window.origin)])
 
-    return hand_over
+
+def _hand_over(sink: Sink, window: Window) -> None:
+    file = window.space
+    if isinstance(file, OutputFile):
+        if not window.origin:
+            sink.begin(file)
+        sink.write(window.buffer, window.origin, window.stop - window.origin)
+        if window.stop == file.size:
+            sink.end()
 
 
 # the addition
@@ -270,7 +332,7 @@ class _Adder:
             count = min(base.size, delta.size, elements - done, (len(window.buffer) - start) // item_bytes)
             result = np.frombuffer(window.buffer, STORED[tensor.dtype], count, start)
             found += operation(result, base[:count], delta[:count])
-            window.pieces.append((tensor.name, start, start + count * item_bytes))
+            window.tensors.append((tensor.name, start, start + count * item_bytes))
             position += count * item_bytes
             self.done_bytes += count * item_bytes
             done += count
@@ -285,7 +347,7 @@ class _Adder:
             window = None
         if window is None:
             window = self._current["result"] = yield "result"
-            window.space, window.origin, window.pieces = file, position, []
+            window.space, window.origin, window.tensors = file, position, []
         return window
 
     def _send_result(self, position: int) -> None:

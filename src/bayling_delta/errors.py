@@ -123,6 +123,7 @@ KINDS: dict[str, Kind] = {
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
     "non_finite": Kind(MismatchError, "the result has infinite or NaN elements", allow=True),
     # 5: a digest differs
+    "crc": Kind(IntegrityError, "a record of a .bin file is damaged: its CRC-32 is wrong"),
     "digest": Kind(IntegrityError, "a digest is not the expected one"),
     # 6: the output cannot be written
     "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import Source
-from bayling_delta.tensors import DTYPES, TensorRef
+from bayling_delta.tensors import DTYPES, TensorRef, row_major
 
 __all__ = ["Tile", "tiles"]
 
@@ -52,7 +52,7 @@ def tiles(source: Source, ref: TensorRef, tile_bytes: int) -> Iterator[Tile]:
     """
     item_bytes = DTYPES[ref.dtype]
     memory = np.empty(max(1, tile_bytes // item_bytes), _RAW[item_bytes])
-    strides = ref.strides or (0,) * len(ref.shape)
+    strides = row_major(ref.shape) if ref.strides is None else ref.strides
     for start, box in _boxes(ref.shape, memory.size):
         first = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
         sizes = tuple(high - low for low, high in box)

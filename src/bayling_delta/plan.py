@@ -4,14 +4,17 @@ Everything here is a function of headers; nothing is written, and weights are re
 two tensors that should be one are (`tied_problem`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
-from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.errors import Problem, refuse
+from bayling_delta.gathering import tiles
+from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
 from bayling_delta.safetensors_format import lay_out
 from bayling_delta.sources import open_source
 from bayling_delta.system import ALIGNMENT
@@ -21,13 +24,10 @@ __all__ = [
     "DEFAULT_MEMORY_LIMIT",
     "DEFAULT_SHARD_SIZE",
     "Budget",
-    "Gather",
-    "Mark",
     "OutputFile",
     "OutputTensor",
     "Plan",
-    "ReadList",
-    "Span",
+    "make_budget",
     "make_plan",
 ]
 
@@ -37,8 +37,8 @@ DEFAULT_MEMORY_LIMIT: Final = 64 << 20
 """Bytes of buffers."""
 _LARGEST_CHUNK: Final = 2 << 20
 _SMALLEST_CHUNK: Final = 16 << 10
-_NEAR: Final = 64 << 10
-"""Bytes between two tensors that are read through rather than jumped over."""
+_COMPARED: Final = 1 << 20
+"""Bytes of two tensors that are held against each other at once."""
 
 
 # the output
@@ -70,53 +70,6 @@ class OutputFile:
     """In the order in which their bytes lie."""
     size: int
     """Bytes, header included."""
-
-
-# the inputs
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A range of a file that one digest covers."""
-
-    key: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of a file that are read in one go forward, and what is digested of them."""
-
-    file: Path
-    start: int
-    stop: int
-    marks: tuple[Mark, ...]
-    """In order, not overlapping, inside the span."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gather:
-    """A tensor whose elements do not lie in row-major order, read piece by piece and put into order."""
-
-    ref: TensorRef
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReadList:
-    """Everything that is read of one input, in the order in which the output needs it."""
-
-    steps: tuple[Span | Gather, ...]
-    digested: str
-    """``file``: each file whole, since its bytes are met in order; or ``tensor``: each tensor by itself."""
-    digests: dict[str, int]
-    """What will be digested, by file or tensor name, and how many bytes that is."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read, but for the rounding of windows to blocks."""
-        return sum(step.stop - step.start if isinstance(step, Span) else step.ref.nbytes for step in self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +139,8 @@ def make_plan(
     ]
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
-    base_reads = make_read_list(base, [(tensor.name, tensor.base) for tensor in needed])
-    delta_reads = make_read_list(delta, [(tensor.name, tensor.delta) for tensor in needed])
+    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed])
+    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed])
     budget = make_budget(memory_limit, (base_reads, delta_reads))
     return Plan("plain", base, delta, files, base_reads, delta_reads, budget, base.notes + delta.notes)
 
@@ -231,7 +184,7 @@ def tied_problem(checkpoint: Checkpoint) -> Problem | None:
     head, embedding = checkpoint.tensors.get(HEAD), checkpoint.tensors.get(EMBEDDING)
     if not checkpoint.tied or head is None or embedding is None or head == embedding:
         return None
-    if (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and _same_bytes(head, embedding):
+    if (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and _same_elements(head, embedding):
         return None
     return Problem(
         "tied",
@@ -241,28 +194,13 @@ def tied_problem(checkpoint: Checkpoint) -> Problem | None:
     )
 
 
-def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
-    if one.strides is not None or other.strides is not None:
-        return False
-    left, right = (bytearray(1 << 20) for _ in range(2))
+def _same_elements(one: TensorRef, other: TensorRef) -> bool:
     with open_source(one.file) as source, open_source(other.file) as second:
-        for start in range(0, one.nbytes, len(left)):
-            length = min(len(left), one.nbytes - start)
-            for buffer, file, ref in ((left, source, one), (right, second, other)):
-                if file.read_into(memoryview(buffer)[:length], ref.offset + start) < length:
-                    raise CheckpointError(Problem("incomplete", str(ref.file), "ends before its tensors do"))
-            if left[:length] != right[:length]:
-                return False
-    return True
+        pairs = zip(tiles(source, one, _COMPARED), tiles(second, other, _COMPARED), strict=True)
+        return all(np.array_equal(left.values, right.values) for left, right in pairs)
 
 
 # laying out
-
-
-def in_stored_order(tensors: Mapping[str, TensorRef]) -> list[tuple[str, TensorRef]]:
-    """The tensors in the order in which a checkpoint stores them: by file, then byte, then name."""
-    place = {file: natural_key(file.name) for file in {ref.file for ref in tensors.values()}}
-    return sorted(tensors.items(), key=lambda item: (place[item[1].file], item[1].offset, item[0]))
 
 
 def cut_into_files(tensors: Sequence[OutputTensor], max_shard_size: int) -> tuple[OutputFile, ...]:
@@ -286,68 +224,6 @@ def cut_into_files(tensors: Sequence[OutputTensor], max_shard_size: int) -> tupl
     return tuple(files)
 
 
-# reading
-
-
-def make_read_list(checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]]) -> ReadList:
-    """The reads that bring these tensors in this order, and the digests that can be taken of them.
-
-    Where each file's bytes are met in order, the files are read whole, gaps included, and each file's
-    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken.
-    """
-    wanted = [(name, ref) for name, ref in needed if ref.elements]
-    if _is_in_order(ref for _, ref in wanted):
-        steps: list[Span | Gather] = list(_whole_files(checkpoint, [ref for _, ref in wanted]))
-        return ReadList(tuple(steps), "file", {file.path.name: file.size for file in checkpoint.files})
-    return ReadList(tuple(_by_tensor(wanted)), "tensor", {name: ref.nbytes for name, ref in needed})
-
-
-def _is_in_order(refs: Iterable[TensorRef]) -> bool:
-    reached: dict[Path, int] = {}
-    for ref in refs:
-        if ref.strides is not None or ref.offset < reached.get(ref.file, 0):
-            return False
-        reached[ref.file] = ref.offset + ref.nbytes
-    return True
-
-
-def _whole_files(checkpoint: Checkpoint, refs: Sequence[TensorRef]) -> Iterator[Span]:
-    """Spans that cover every file of the checkpoint once, in the order in which the tensors need them."""
-    last = {ref.file: place for place, ref in enumerate(refs)}
-    size = {file.path: file.size for file in checkpoint.files}
-    reached = dict.fromkeys(size, 0)
-    for place, ref in enumerate(refs):
-        following = refs[place + 1].file if place + 1 < len(refs) else None
-        if following == ref.file:
-            continue
-        # The file is left here: for good, with all that it still has, or until the order comes back to it.
-        stop = size[ref.file] if last[ref.file] == place else ref.offset + ref.nbytes
-        yield _file_span(ref.file, reached[ref.file], stop)
-        reached[ref.file] = stop
-    yield from (_file_span(file, 0, size[file]) for file in size if file not in last and size[file])
-
-
-def _file_span(file: Path, start: int, stop: int) -> Span:
-    return Span(file, start, stop, (Mark(file.name, start, stop),))
-
-
-def _by_tensor(wanted: Sequence[tuple[str, TensorRef]]) -> Iterator[Span | Gather]:
-    marks: list[Mark] = []
-    current: Path | None = None
-    for name, ref in wanted:
-        follows = marks and ref.file == current and 0 <= ref.offset - marks[-1].stop <= _NEAR
-        if current is not None and marks and (ref.strides is not None or not follows):
-            yield Span(current, marks[0].start, marks[-1].stop, tuple(marks))
-            marks = []
-        if ref.strides is not None:
-            yield Gather(ref, name)
-        else:
-            current = ref.file
-            marks.append(Mark(name, ref.offset, ref.offset + ref.nbytes))
-    if current is not None and marks:
-        yield Span(current, marks[0].start, marks[-1].stop, tuple(marks))
-
-
 # memory
 
 
@@ -357,7 +233,7 @@ def make_budget(limit: int, reads: Sequence[ReadList]) -> Budget:
     Raises:
         UsageError: the limit is too low; the message names the least that works.
     """
-    gathering = sum(any(isinstance(step, Gather) for step in read.steps) for read in reads)
+    gathering = sum(read.gathers for read in reads)
     streams = len(reads) + 1
     least = 2 * streams * _SMALLEST_CHUNK + gathering * 4 * _SMALLEST_CHUNK
     if limit < least:

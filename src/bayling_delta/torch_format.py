@@ -5,6 +5,7 @@ several tensors may view one storage. Nothing in the file is executed: see `stat
 Source: torch/serialization.py, and files written by PyTorch 1.6 to 2.13.
 """
 
+from operator import attrgetter
 from pathlib import Path
 
 from bayling_delta.errors import CheckpointError, Problem
@@ -20,8 +21,10 @@ _PICKLE_CAP = 100_000_000
 _RANK_CAP = 64
 
 
-def parse(source: Source) -> dict[str, TensorRef]:
+def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
     """Return the tensors of a zip checkpoint by name, in the state dict's order, without reading any.
+
+    With them, the archive's records in the order of their bytes, if the writer computed their CRC-32.
 
     Raises:
         CheckpointError: the archive or its pickle is damaged, not a plain state dict, or asks for
@@ -48,7 +51,9 @@ def parse(source: Source) -> dict[str, TensorRef]:
     except PickleError as error:
         kind = "unsafe_pickle" if error.unsafe else "unsupported" if error.unsupported else "damaged"
         raise CheckpointError(Problem(kind, str(path), str(error))) from error
-    return {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
+    refs = {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
+    checked = any(record.crc32 for record in records.values())  # all 0 means: not computed
+    return refs, tuple(sorted(records.values(), key=attrgetter("offset"))) if checked else ()
 
 
 def _check_byte_order(source: Source, record: Record | None) -> None:

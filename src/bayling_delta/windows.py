@@ -2,7 +2,6 @@
 
 import hashlib
 import mmap
-from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,12 +11,14 @@ from typing import Any
 from bayling_delta.crew import Station
 from bayling_delta.errors import CheckpointError
 from bayling_delta.gathering import tiles
-from bayling_delta.plan import Gather, OutputFile, ReadList, Span
+from bayling_delta.plan import OutputFile
+from bayling_delta.reads import Gather, Mark, ReadList, Span
 from bayling_delta.sources import Source, changed, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import TensorRef
+from bayling_delta.zip_records import Record
 
-__all__ = ["Digester", "Piece", "Reader", "Window", "allocate"]
+__all__ = ["Digester", "Piece", "Reader", "RecordChecker", "Window", "allocate"]
 
 Piece = tuple[str, int, int]
 """What one digest covers of a window: (key, from, to), as indices of its buffer."""
@@ -41,7 +42,12 @@ class Window:
     """The first position that is valid, and not in a window before this one."""
     stop: int = 0
     """The position after the last."""
-    pieces: list[Piece] = field(default_factory=list)
+    tensors: list[Piece] = field(default_factory=list)
+    """What tensor digests cover of it."""
+    whole: bool = True
+    """Whether a file digest covers it, from `start` to `stop`."""
+    records: list[Piece] = field(default_factory=list)
+    """What zip records' checksums cover of it."""
     users: int = 0
     """How many stations have yet to release it."""
 
@@ -79,13 +85,61 @@ class Digester:
         return self._done
 
 
+class RecordChecker:
+    """CRC-32 of zip records, each fed in order, held against what the archive has of it."""
+
+    def __init__(self, reads: ReadList) -> None:
+        self._expected = {
+            (step.file, record.name): record
+            for step in reads.steps
+            if isinstance(step, Span)
+            for record in step.records
+        }
+        self._open: dict[tuple[Path, str], tuple[int, int]] = {}
+        self.damaged: list[tuple[Path, Record]] = []
+
+    def update(self, file: Path, buffer: memoryview, pieces: Sequence[Piece]) -> None:
+        """Take in the next bytes of each record."""
+        if not pieces:
+            return
+        from isal.isal_zlib import crc32
+
+        for name, start, stop in pieces:
+            key = (file, name)
+            record = self._expected[key]
+            value, done = self._open.pop(key, (0, 0))
+            value, done = crc32(buffer[start:stop], value), done + stop - start
+            if done < record.size:
+                self._open[key] = value, done
+            elif value != record.crc32:
+                self.damaged.append((file, record))
+
+
+class _Cutter:
+    """Hands out, window by window, what lies in each of a row of marks."""
+
+    def __init__(self, marks: Sequence[Mark]) -> None:
+        self._marks = marks
+        self._next = 0
+
+    def cut(self, window: Window) -> list[Piece]:
+        pieces: list[Piece] = []
+        while self._next < len(self._marks) and self._marks[self._next].start < window.stop:
+            mark = self._marks[self._next]
+            start, stop = max(mark.start, window.start), min(mark.stop, window.stop)
+            pieces.append((mark.key, start - window.origin, stop - window.origin))
+            if mark.stop > window.stop:
+                break
+            self._next += 1
+        return pieces
+
+
 class Reader:
     """Fills windows with what a read list says, one after the other."""
 
-    def __init__(
-        self, reads: ReadList, stamps: Mapping[Path, tuple[int, int]], tile_bytes: int, *, direct: bool
-    ) -> None:
+    def __init__(self, reads: ReadList, stamps: Mapping[Path, tuple[int, int]], tile_bytes: int, direct: bool) -> None:
         """``stamps``: each file's size and time of change when the plan was made."""
+        self.done_bytes = 0
         self._stamps = stamps
         self._tile_bytes = tile_bytes
         self._direct = direct
@@ -104,6 +158,7 @@ class Reader:
             self._fills.send(window)
         except StopIteration:
             return False
+        self.done_bytes += window.stop - window.start
         return True
 
     def close(self) -> None:
@@ -120,7 +175,8 @@ class Reader:
 
     def _span(self, span: Span, window: Window) -> Generator[None, Window, Window]:
         source = self._enter(span.file, direct=self._direct)
-        marks = deque(span.marks)
+        tensors = _Cutter(span.tensors)
+        records = _Cutter([Mark(record.name, record.offset, record.offset + record.size) for record in span.records])
         position = span.start
         while position < span.stop:
             window.space, window.start = span.file, position
@@ -131,14 +187,9 @@ class Reader:
             if source.read_into(window.buffer[: blocks * ALIGNMENT], window.origin) < window.stop - window.origin:
                 raise CheckpointError(changed(span.file))
             source.forget(window.origin)
-            window.pieces = []
-            while marks and marks[0].start < window.stop:
-                mark = marks[0]
-                start, stop = max(mark.start, window.start), min(mark.stop, window.stop)
-                window.pieces.append((mark.key, start - window.origin, stop - window.origin))
-                if mark.stop > window.stop:
-                    break
-                marks.popleft()
+            window.whole = span.whole
+            window.tensors = tensors.cut(window)
+            window.records = records.cut(window)
             position = window.stop
             window = yield
         return window
@@ -152,7 +203,7 @@ class Reader:
                 window.space = gather.ref
                 window.origin = window.start = tile.start + start
                 window.stop = window.start + count
-                window.pieces = [(gather.key, 0, count)]
+                window.tensors, window.whole, window.records = [(gather.key, 0, count)], False, []
                 window = yield
         return window
 
