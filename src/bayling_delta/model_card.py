@@ -14,8 +14,8 @@ tags:
 # A model rebuilt from a base and a weight delta
 
 These weights are the sum of a base model and a published weight delta, tensor by tensor, as
-`bayling-delta apply` computes it: {recipe_says} This directory is the merged model, not the delta:
-load it as it is.
+`bayling-delta apply` computes it: {recipe_says}
+This directory is the merged model, not the delta: load it as it is.
 
 | | |
 |---|---|
@@ -26,7 +26,6 @@ load it as it is.
 ## From what
 
 {inputs}
-
 ## How it was verified
 
 {verification}
@@ -47,7 +46,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     result = manifest["result"]
     shards = [file for file in result["files"] if file["name"].endswith(".safetensors")]
     return _TEXT.format(
-        recipe_says="each delta tensor is added in its own dtype, rounded to nearest even.",
+        recipe_says="each tensor is added in the delta's dtype, rounded to nearest even.",
         digest=result["weights_digest"],
         parameters=result["parameters"],
         dtype=result["dtype"],

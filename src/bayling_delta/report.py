@@ -72,9 +72,9 @@ def applied_text(manifest: dict[str, Any], out: Path, seconds: float) -> str:
     files = "1 file" if len(weights) == 1 else f"{len(weights)} files"
     rows = [
         ("model", f"{out} ({result['parameters']:,} parameters, {result['dtype']}, {files}, {size_text(written)})"),
-        ("digest", result["weights_digest"]),
+        ("weights digest", result["weights_digest"]),
     ]
-    rows += [(entry["what"].split()[-1] + " check", _outcome_text(entry)) for entry in manifest["verification"]]
+    rows += [("verified", _outcome_text(entry)) for entry in manifest["verification"]]
     rows += [("changed", f"{entry['file']}: {entry['change']}") for entry in manifest["changes"]]
     rows.append(("took", f"{seconds:.1f} s, {size_text(int(written / max(seconds, 1e-9)))}/s of result"))
     return _table(rows)
