@@ -9,7 +9,8 @@ import bayling_delta
 SOURCE = Path(bayling_delta.__file__).parent
 ORDER = """
 errors system tensors sources files arithmetic safetensors_format zip_records state_pickle torch_format
-checkpoint companions manifest gathering reads plan crew windows engine sinks model_card api report cli __main__
+checkpoint companions manifest expectations gathering reads plan crew windows engine sinks model_card
+applying recording verifying report cli __main__
 """.split()
 
 

@@ -104,11 +104,11 @@ def test_the_budget_keeps_to_the_limit(limit: int, base_gathers: int, delta_gath
     """It is never above the limit; windows are whole blocks; and what is refused names a limit that works."""
     lists = (reads(base_gathers), reads(delta_gathers))
     try:
-        budget = make_budget(limit, lists)
+        budget = make_budget(limit, lists, outputs=1)
     except UsageError as error:
         least = int(str(error).rsplit(" ", 1)[1].removesuffix("KiB")) << 10
         assert limit < least
-        budget = make_budget(least, lists)
+        budget = make_budget(least, lists, outputs=1)
         limit = least
     assert budget.total_bytes <= limit
     assert budget.chunk_bytes % 4096 == 0

@@ -15,16 +15,20 @@ __all__ = [
     "make_plan",
     "open_checkpoint",
     "plan_apply",
+    "record",
+    "verify",
     "weights_digest",
 ]
 
 if TYPE_CHECKING:
-    from bayling_delta.api import apply, plan_apply
+    from bayling_delta.applying import apply, plan_apply
     from bayling_delta.checkpoint import Checkpoint, open_checkpoint
     from bayling_delta.errors import BaylingDeltaError, Problem
     from bayling_delta.manifest import weights_digest
     from bayling_delta.plan import Plan, make_plan
+    from bayling_delta.recording import record
     from bayling_delta.tensors import TensorRef
+    from bayling_delta.verifying import verify
 
 _HOMES = {
     "BaylingDeltaError": "errors",
@@ -32,10 +36,12 @@ _HOMES = {
     "Plan": "plan",
     "Problem": "errors",
     "TensorRef": "tensors",
-    "apply": "api",
+    "apply": "applying",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
-    "plan_apply": "api",
+    "plan_apply": "applying",
+    "record": "recording",
+    "verify": "verifying",
     "weights_digest": "manifest",
 }
 

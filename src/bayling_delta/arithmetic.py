@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["STORED", "Array", "Operation", "make_addition"]
+__all__ = ["STORED", "Array", "Operation", "as_float", "differing", "make_addition"]
 
 Array = npt.NDArray[Any]
 Operation = Callable[[Array, Array, Array], int]
@@ -43,6 +43,22 @@ def make_addition(base_dtype: str, delta_dtype: str, out_dtype: str, *, exact: b
     if exact or not _is_trusted(base_dtype, delta_dtype, out_dtype):
         return _make_exact(base_dtype, delta_dtype, out_dtype)
     return _make_fast(base_dtype, delta_dtype, out_dtype)
+
+
+def differing(one: Array, other: Array, dtype: str) -> npt.NDArray[np.intp]:
+    """The places at which two arrays have different bits; two NaNs count as the same."""
+    bits = _BITS[one.itemsize][0]
+    left, right = one.view(bits), other.view(bits)
+    if np.array_equal(left, right):
+        return np.empty(0, np.intp)
+    magnitude = (1 << (8 * one.itemsize - 1)) - 1
+    both_nan = (left & magnitude > _INFINITY[dtype]) & (right & magnitude > _INFINITY[dtype])
+    return np.flatnonzero((left != right) & ~both_nan)
+
+
+def as_float(element: Any, dtype: str) -> float:
+    """The value of one stored element."""
+    return float(_widen(np.array([element], STORED[dtype]), dtype)[0])
 
 
 def _settle_non_finite(array: Array, dtype: str) -> int:

@@ -16,7 +16,18 @@ from bayling_delta.sources import file_size, list_directory, open_source, read_b
 from bayling_delta.tensors import TensorRef
 from bayling_delta.zip_records import Record
 
-__all__ = ["EMBEDDING", "HEAD", "Checkpoint", "WeightFile", "is_rotary_buffer", "open_checkpoint"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Checkpoint",
+    "WeightFile",
+    "directory_of",
+    "is_plain_name",
+    "is_rotary_buffer",
+    "loadable_files",
+    "open_checkpoint",
+    "stays_in_directory",
+]
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
@@ -132,7 +143,7 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
     files: dict[str, list[str] | None] = {}
     problems: list[Problem] = []
     for tensor, name in items:
-        if not isinstance(name, str) or not _stays_in_directory(name):
+        if not isinstance(name, str) or not stays_in_directory(name):
             problems.append(Problem("unsafe_name", str(path), f"places {tensor!r} in {name!r}, outside its directory"))
             continue
         tensors = files.setdefault(name, [])
@@ -145,7 +156,19 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
     return files
 
 
-def _stays_in_directory(name: str) -> bool:
+def directory_of(path: Path) -> Path:
+    """Where the files beside the weights are: a directory itself, or that of a single file."""
+    return path.parent if file_size(path) is not None else path
+
+
+def loadable_files(directory: Path) -> list[str]:
+    """The names in a directory that a loader would take for weights or for their index."""
+    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in _LAYOUTS)
+    return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
+
+
+def stays_in_directory(name: str) -> bool:
+    """Whether a name from a file names a file of the same directory."""
     return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
 
 
@@ -170,7 +193,7 @@ def _open_shards(path: Path, directory: Path, files: dict[str, list[str] | None]
         opened.append(file)
         problems += _check_index(shard, expected, refs)
         for tensor, ref in refs.items():
-            if not _is_plain_name(tensor):
+            if not is_plain_name(tensor):
                 problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor!r}"))
             if tensor in tensors:
                 problems.append(Problem("index", str(shard), f"{tensor} is also in {tensors[tensor].file.name}"))
@@ -200,7 +223,7 @@ def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, Tensor
     ]
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether a tensor's name can stand in a header, a line of digests and on a terminal."""
     return bool(name) and name.isprintable() and name != "__metadata__"
 

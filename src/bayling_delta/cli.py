@@ -1,12 +1,11 @@
 """The command line: options in, one core function called, its result shown. The only module that prints."""
 
-import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -82,6 +81,7 @@ class Digest(click.ParamType[str]):
 
 
 _PATH: Final = click.Path(path_type=Path)
+_ALLOWABLE: Final = click.Choice(sorted(kind for kind, meaning in KINDS.items() if meaning.allow))
 
 
 # the commands
@@ -105,47 +105,54 @@ def commands() -> None:
     """
 
 
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every command has."""
+    for option in (
+        click.option(
+            "--debug", is_flag=True, expose_value=False, help="Show the traceback of a fault of this program."
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else there."),
+    ):
+        command = option(command)
+    return command
+
+
+def _working(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of the commands that pass all weights through memory."""
+    threads = click.IntRange(1, 256)
+    for option in (
+        click.option("--threads", type=threads, default=8, show_default=True, help="Threads to share the work."),
+        click.option("--memory-limit", type=Size(), default="64MiB", show_default=True, help="Bytes of buffers."),
+    ):
+        command = option(command)
+    return command
+
+
 @commands.command()
-@click.option(
-    "--base", type=click.Path(path_type=Path), required=True, help="The model that the delta was made against."
-)
-@click.option("--delta", type=click.Path(path_type=Path), required=True, help="The published delta.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The directory to make; it must not exist.")
-@click.option(
-    "--dtype", type=click.Choice(sorted(_DTYPES)), help="Cast the result, once, at the end. [default: the delta's]"
-)
-@click.option(
-    "--max-shard-size", type=Size(), default="5GB", show_default=True, help="Most bytes of tensors in one file."
-)
-@click.option("--memory-limit", type=Size(), default="64MiB", show_default=True, help="Most bytes of buffers.")
-@click.option(
-    "--threads", type=click.IntRange(1, 256), default=8, show_default=True, help="Threads that share the work."
-)
+@click.option("--base", type=_PATH, required=True, help="The model that the delta was made against.")
+@click.option("--delta", type=_PATH, required=True, help="The published delta.")
+@click.option("--out", type=_PATH, required=True, help="The directory to make; it must not exist yet.")
+@click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="Cast the result, once. [default: the delta's]")
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes of tensors in a file.")
 @click.option("--expect", type=Digest(), metavar="DIGEST", help="Fail unless the result has this weights digest.")
-@click.option(
-    "--allow",
-    multiple=True,
-    type=click.Choice(sorted(kind for kind, meaning in KINDS.items() if meaning.allow)),
-    help="Overrule a refusal of this kind. Repeatable.",
-)
+@click.option("--allow", multiple=True, type=_ALLOWABLE, help="Overrule a refusal of this kind. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check everything that can be checked, show the plan, write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else there.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary; errors only.")
-@click.option("--debug", is_flag=True, help="Show the traceback of a fault of this program.")
+@_working
+@_common
 def apply(
     base: Path,
     delta: Path,
     out: Path,
     dtype: str | None,
     max_shard_size: int,
-    memory_limit: int,
-    threads: int,
     expect: str | None,
     allow: tuple[str, ...],
     dry_run: bool,
+    memory_limit: int,
+    threads: int,
     as_json: bool,
     quiet: bool,
-    debug: bool,  # noqa: ARG001  # read in main, where faults end up
 ) -> None:
     r"""Rebuild a model: add a delta to its base, as a HuggingFace directory.
 
@@ -158,7 +165,7 @@ def apply(
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b --dry-run
     """
-    from bayling_delta import api
+    from bayling_delta import applying
 
     started = time.monotonic()
     options: dict[str, Any] = {
@@ -168,12 +175,87 @@ def apply(
         "allow": allow,
     }
     if dry_run:
-        document = api.plan_document(api.plan_apply(base, delta, out, **options))
+        document = applying.plan_document(applying.plan_apply(base, delta, out, **options))
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
-    with _progress(quiet) as progress:
-        manifest = api.apply(base, delta, out, **options, threads=threads, expect=expect, progress=progress)
+    with _progress("apply", quiet) as progress:
+        manifest = applying.apply(base, delta, out, **options, threads=threads, expect=expect, progress=progress)
     _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
+
+
+@commands.command()
+@click.argument("model", type=_PATH)
+@click.option("--against", metavar="X", help="A weights digest, a manifest, or a directory with one.")
+@click.option("--base", type=_PATH, help="With --delta: make the sum anew, and compare every element.")
+@click.option("--delta", type=_PATH, help="With --base.")
+@click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="What the sum was cast to, if no manifest says so.")
+@_working
+@_common
+def verify(
+    model: Path,
+    against: str | None,
+    base: Path | None,
+    delta: Path | None,
+    dtype: str | None,
+    memory_limit: int,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    r"""Check a model against what is recorded of it.
+
+    Without options, MODEL is compared with the manifest and the SHA256SUMS beside its weights: every tensor and
+    every file. Whatever is damaged, missing or extra is named. Exits 0 only if something was compared and matched.
+
+    \b
+    Examples:
+      bayling-delta verify bayling-7b
+      bayling-delta verify bayling-7b --against sha256:9a22cb04…
+      bayling-delta verify bayling-7b --against their-manifest.json
+      bayling-delta verify bayling-7b --base llama-7b --delta bayling-7b-diff
+    """
+    from bayling_delta import verifying
+
+    if (base is None) != (delta is None):
+        raise click.UsageError("--base and --delta go together")
+    with _progress("verify", quiet) as progress:
+        document = verifying.verify(
+            model,
+            against=against,
+            base=base,
+            delta=delta,
+            dtype=_DTYPES[dtype] if dtype else None,
+            memory_limit=memory_limit,
+            threads=threads,
+            progress=progress,
+        )
+    _show(document, report.verified_text(document, model), as_json=as_json, quiet=quiet)
+
+
+@commands.command()
+@click.argument("model", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="The file to write the manifest to; it must not exist yet.")
+@_working
+@_common
+def record(model: Path, output: Path | None, memory_limit: int, threads: int, as_json: bool, quiet: bool) -> None:
+    r"""Digest a checkpoint, and write down what it is.
+
+    The manifest has the digest of every tensor and file, and the weights digest, which is the same for everyone who
+    has these weights, in whatever container and sharding. It goes to stdout, or to the file that -o names.
+
+    \b
+    Examples:
+      bayling-delta record llama-7b -o llama-7b.json
+      bayling-delta record llama-7b/pytorch_model.bin.index.json
+    """
+    from bayling_delta import recording
+    from bayling_delta.files import write_file
+
+    with _progress("record", quiet) as progress:
+        manifest = recording.record(model, memory_limit=memory_limit, threads=threads, progress=progress)
+    if output is not None:
+        write_file(output, report.to_json(manifest).encode())
+    _show(manifest, report.recorded_text(manifest, output), as_json=as_json or output is None, quiet=quiet)
 
 
 # showing
@@ -181,20 +263,20 @@ def apply(
 
 def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(report.to_json(document), nl=False)
     elif not quiet:
         click.echo(text)
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
+def _progress(command: str, quiet: bool) -> Iterator[Any]:
     """A bar on a terminal, a line now and then in a log, nothing where quiet is asked."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(unit="B", unit_scale=True, desc="apply", dynamic_ncols=True, leave=False) as bar:
+        with tqdm(unit="B", unit_scale=True, desc=command, dynamic_ncols=True, leave=False) as bar:
 
             def move(done: int, total: int) -> None:
                 bar.total = total
@@ -202,13 +284,14 @@ def _progress(quiet: bool) -> Iterator[Any]:
 
             yield move
     else:
-        yield _Log().line
+        yield _Log(command).line
 
 
 class _Log:
     """Progress for a log: a line every so many seconds, with speed and time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self._command = command
         self._started = self._last = time.monotonic()
 
     def line(self, done: int, total: int) -> None:
@@ -218,7 +301,7 @@ class _Log:
         self._last = now
         speed = done / (now - self._started)
         click.echo(
-            f"apply: {report.size_text(done)} of {report.size_text(total)}, "
+            f"{self._command}: {report.size_text(done)} of {report.size_text(total)}, "
             f"{report.size_text(int(speed))}/s, {(total - done) / speed:.0f} s left",
             err=True,
         )
@@ -267,7 +350,7 @@ def _exit_code(error: BaylingDeltaError) -> int:
 
 def _fail(document: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(report.to_json(document), nl=False)
     click.echo(text, err=True)
 
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint
 from bayling_delta.sources import file_size, list_directory, read_file
 
-__all__ = ["Companion", "collect", "foreign_files"]
+__all__ = ["COPIED", "Companion", "collect", "foreign_files"]
 
-_COPIED: Final = (
+COPIED: Final = (
     "config.json",
     "generation_config.json",
     "tokenizer.model",
@@ -22,6 +22,7 @@ _COPIED: Final = (
     "merges.txt",
     "chat_template.jinja",
 )
+"""The files beside a model's weights that are understood, and that a result takes over from its delta."""
 _KNOWN: Final = re.compile(
     r"README\.md|LICENSE.*|\.gitattributes|\.cache|.*\.index\.json|bayling-delta\.json|SHA256SUMS"
     r"|pytorch_model.*\.bin|model.*\.safetensors"
@@ -48,7 +49,7 @@ def collect(delta: Checkpoint, dtype: str) -> list[Companion]:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    found = [name for name in _COPIED if file_size(delta.directory / name) is not None]
+    found = [name for name in COPIED if file_size(delta.directory / name) is not None]
     companions: list[Companion] = []
     for name in found:
         data = read_file(delta.directory / name, JSON_CAP)
@@ -65,7 +66,7 @@ def foreign_files(checkpoint: Checkpoint) -> list[str]:
     return [
         name
         for name in list_directory(checkpoint.directory)
-        if name not in _COPIED and name not in weights and not _KNOWN.fullmatch(name)
+        if name not in COPIED and name not in weights and not _KNOWN.fullmatch(name)
     ]
 
 

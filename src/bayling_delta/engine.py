@@ -9,13 +9,13 @@ slowest station sets the pace, and memory stays what the plan says.
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 
-from bayling_delta.arithmetic import STORED, Array, Operation, make_addition
+from bayling_delta.arithmetic import STORED, Array, Operation, as_float, differing, make_addition
 from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.crew import Crew, Station
 from bayling_delta.errors import Problem
@@ -24,13 +24,14 @@ from bayling_delta.reads import ReadList
 from bayling_delta.tensors import DTYPES, TensorRef
 from bayling_delta.windows import Digester, Reader, RecordChecker, Window, allocate
 
-__all__ = ["DEFAULT_THREADS", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
+__all__ = ["DEFAULT_THREADS", "Difference", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
 
 DEFAULT_THREADS: Final = 8
 """As many as there are stations; at any time most of them wait for the disk or for each other."""
 _BOUNCE_BYTES: Final = 64 << 10
 """What is copied at once of a tensor that lies at an odd address."""
 _TICK_SECONDS: Final = 0.1
+_FIRST_DIFFERENCES: Final = 3
 
 Progress = Callable[[int, int], None]
 """(bytes of the result done, bytes in all); called in the caller's thread, some ten times a second."""
@@ -62,6 +63,16 @@ class Digests:
     """By tensor name."""
 
 
+@dataclass(slots=True)
+class Difference:
+    """How one tensor of a model differs from the sum."""
+
+    count: int = 0
+    """Elements that differ."""
+    first: list[tuple[int, float, float]] = field(default_factory=list)
+    """The first few: (place in row-major order, what the sum has, what the model has)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run found out."""
@@ -73,19 +84,21 @@ class Outcome:
     """By file and by tensor."""
     non_finite: dict[str, int]
     """How many elements are infinite or NaN, for the tensors that have any."""
+    differences: dict[str, Difference]
+    """Where the sum differs from the model that it was compared with, by tensor."""
     damage: list[Problem]
     """Records of ``.bin`` inputs whose bytes are not those that were written."""
 
 
 def run(
     plan: Plan,
-    sink: Sink,
+    sink: Sink | None,
     *,
     threads: int = DEFAULT_THREADS,
     direct: bool = True,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Add base and delta as planned, and give the result to ``sink``.
+    """Add base and delta as planned; give the result to ``sink``, if any, and compare it with the plan's model, if any.
 
     Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` asks for reads past the page
     cache where the system has them. The result does not depend on ``threads`` or ``direct``.
@@ -101,13 +114,17 @@ def run(
     users = [
         flow.station(lambda window: tensors.update(window.buffer, window.tensors)),
         flow.station(lambda window: _digest_file(files, window)),
-        flow.station(lambda window: _hand_over(sink, window)),
     ]
+    if sink is not None:
+        users.append(flow.station(lambda window: _hand_over(sink, window)))
     adder = _Adder(plan.files, flow.release, lambda window: flow.share(window, users))
     adding.handle = adder.take
     flow.supply("result", plan.budget, adding)
     base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding)
     delta = flow.read("delta", plan.delta, plan.delta_reads, plan.budget, adding)
+    model: _Input | None = None
+    if plan.model is not None and plan.model_reads is not None:
+        model = flow.read("model", plan.model, plan.model_reads, plan.budget, adding)
     total = sum(tensor.nbytes for tensor in plan.tensors)
     flow.run(lambda: progress(adder.done_bytes, total) if progress else None)
     if not adder.finished:
@@ -117,7 +134,8 @@ def run(
         delta.digests(),
         Digests(files.finish(), tensors.finish()),
         adder.non_finite,
-        [*base.damage(), *delta.damage()],
+        adder.differences,
+        [problem for side in (base, delta, model) if side for problem in side.damage()],
     )
 
 
@@ -136,7 +154,7 @@ def digest(
         CheckpointError: it cannot be read, or changes meanwhile.
     """
     flow = _Flow(threads, direct)
-    found = flow.read("base", checkpoint, reads, budget, None)
+    found = flow.read("model", checkpoint, reads, budget, None)
     flow.run(lambda: progress(min(found.reader.done_bytes, reads.nbytes), reads.nbytes) if progress else None)
     return found.digests(), found.damage()
 
@@ -256,6 +274,7 @@ def _hand_over(sink: Sink, window: Window) -> None:
 
 # the addition
 
+_INPUTS: Final = ("base", "delta", "model")
 _Wait = Generator[str, Window, Any]
 """Part of the addition: it yields the stream of which it needs the next window, and is sent that."""
 
@@ -268,11 +287,12 @@ class _Adder:
     ) -> None:
         self.done_bytes = 0
         self.non_finite: dict[str, int] = {}
+        self.differences: dict[str, Difference] = {}
         self._release = release
         self._emit = emit
-        self._arrived: dict[str, deque[Window]] = {"base": deque(), "delta": deque(), "result": deque()}
-        self._current: dict[str, Window | None] = {"base": None, "delta": None, "result": None}
-        self._bounce = {stream: np.empty(_BOUNCE_BYTES, np.uint8) for stream in ("base", "delta")}
+        self._arrived: dict[str, deque[Window]] = {stream: deque() for stream in (*_INPUTS, "result")}
+        self._current: dict[str, Window | None] = dict.fromkeys((*_INPUTS, "result"))
+        self._bounce = {stream: np.empty(_BOUNCE_BYTES, np.uint8) for stream in _INPUTS}
         self._operations: dict[tuple[str, str, str], Operation] = {}
         self._work = self._all(files)
         self._wanted: str | None = next(self._work)
@@ -291,7 +311,7 @@ class _Adder:
             except StopIteration:
                 self._wanted = None
         if self.finished:  # what an input still has is digested, and not added
-            for stream in ("base", "delta"):
+            for stream in _INPUTS:
                 while self._arrived[stream]:
                     self._release(self._arrived[stream].popleft())
 
@@ -302,7 +322,7 @@ class _Adder:
                 yield from self._tensor(file, tensor, position)
                 position += tensor.nbytes
             self._send_result(position)
-        for stream in ("base", "delta"):
+        for stream in _INPUTS:
             if (window := self._current[stream]) is not None:
                 self._release(window)
 
@@ -330,14 +350,29 @@ class _Adder:
             window = yield from self._room(file, position)
             start = position - window.origin
             count = min(base.size, delta.size, elements - done, (len(window.buffer) - start) // item_bytes)
+            model: Array | None = None
+            if tensor.model is not None:
+                model = yield from self._elements("model", tensor.model, done)
+                count = min(count, model.size)
             result = np.frombuffer(window.buffer, STORED[tensor.dtype], count, start)
             found += operation(result, base[:count], delta[:count])
+            if model is not None:
+                self._compare(tensor, done, result, model[:count])
             window.tensors.append((tensor.name, start, start + count * item_bytes))
             position += count * item_bytes
             self.done_bytes += count * item_bytes
             done += count
         if found:
             self.non_finite[tensor.name] = found
+
+    def _compare(self, tensor: OutputTensor, done: int, result: Array, model: Array) -> None:
+        places = differing(result, model, tensor.dtype)
+        if places.size:
+            difference = self.differences.setdefault(tensor.name, Difference())
+            difference.count += places.size
+            for place in places[: _FIRST_DIFFERENCES - len(difference.first)].tolist():
+                values = (as_float(array[place], tensor.dtype) for array in (result, model))
+                difference.first.append((done + place, *values))
 
     def _room(self, file: OutputFile, position: int) -> Generator[str, Window, Window]:
         """The result's window that has a position, with room for one element at least; a full one is sent off."""

@@ -17,6 +17,7 @@ __all__ = [
     "InterruptedRunError",
     "Kind",
     "MismatchError",
+    "NoRecordError",
     "OutputError",
     "Problem",
     "UsageError",
@@ -79,6 +80,12 @@ class IntegrityError(BaylingDeltaError):
     category = "integrity"
 
 
+class NoRecordError(IntegrityError):
+    """There is no digest to compare with."""
+
+    category = "no_record"
+
+
 class OutputError(BaylingDeltaError):
     """The output cannot be written, or must not be."""
 
@@ -115,6 +122,7 @@ KINDS: dict[str, Kind] = {
     "unsafe_pickle": Kind(CheckpointError, "the pickle asks for something that no state dict needs"),
     "unsafe_name": Kind(CheckpointError, "a name that leaves its directory or cannot be written"),
     "index": Kind(CheckpointError, "the index and the shards disagree"),
+    "record": Kind(CheckpointError, "a manifest or list of digests cannot be used"),
     "changed": Kind(CheckpointError, "an input changed while it was read"),
     # 4: base and delta do not belong together
     "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),
@@ -124,6 +132,8 @@ KINDS: dict[str, Kind] = {
     "non_finite": Kind(MismatchError, "the result has infinite or NaN elements", allow=True),
     # 5: a digest differs
     "crc": Kind(IntegrityError, "a record of a .bin file is damaged: its CRC-32 is wrong"),
+    "no_record": Kind(NoRecordError, "there is nothing to compare with"),
+    "model": Kind(IntegrityError, "a model is not what a record or a recomputed sum says"),
     "digest": Kind(IntegrityError, "a digest is not the expected one"),
     # 6: the output cannot be written
     "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),
@@ -137,7 +147,14 @@ KINDS: dict[str, Kind] = {
     "signal": Kind(InterruptedRunError, "a signal ended the run"),
 }
 
-_ORDER: Sequence[type[BaylingDeltaError]] = (UsageError, CheckpointError, MismatchError, IntegrityError, OutputError)
+_ORDER: Sequence[type[BaylingDeltaError]] = (
+    UsageError,
+    CheckpointError,
+    MismatchError,
+    IntegrityError,
+    NoRecordError,
+    OutputError,
+)
 
 
 def refuse(problems: Sequence[Problem], allowed: Iterable[str] = ()) -> None:

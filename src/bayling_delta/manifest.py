@@ -7,11 +7,15 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any, Final
+
+from bayling_delta import __version__
 
 __all__ = [
     "MANIFEST_NAME",
@@ -19,6 +23,7 @@ __all__ = [
     "TensorDigest",
     "digest_text",
     "file_entry",
+    "manifest_head",
     "parse_digest",
     "result_section",
     "small_file_entry",
@@ -65,6 +70,26 @@ def parse_digest(text: str) -> str:
     if not found:
         raise ValueError(f"{text!r} is not a SHA-256: 64 hexadecimal digits, with or without 'sha256:' before them")
     return f"sha256:{found[1]}"
+
+
+def manifest_head(operation: str, recipe: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's first entries, which say who made it, when and how."""
+    return {
+        "schema": "bayling-delta/manifest/1",
+        "ok": True,
+        "tool": {"name": "bayling-delta", "version": __version__},
+        "created": _timestamp(),
+        "operation": operation,
+        "recipe": recipe,
+        "options": dict(options),
+    }
+
+
+def _timestamp() -> str:
+    """The time for the manifest, RFC 3339 in UTC; SOURCE_DATE_EPOCH sets it, for builds that must be repeatable."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def result_section(tensors: Iterable[TensorDigest], placed: Mapping[str, str]) -> dict[str, Any]:

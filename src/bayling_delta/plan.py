@@ -4,7 +4,7 @@ Everything here is a function of headers; nothing is written, and weights are re
 two tensors that should be one are (`tied_problem`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -27,6 +27,7 @@ __all__ = [
     "OutputFile",
     "OutputTensor",
     "Plan",
+    "counted_weights",
     "make_budget",
     "make_plan",
 ]
@@ -53,6 +54,8 @@ class OutputTensor:
     shape: tuple[int, ...]
     base: TensorRef
     delta: TensorRef
+    model: TensorRef | None = None
+    """What an existing model has in its place, where the sum is to be compared with one."""
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +82,7 @@ class Budget:
     chunk_bytes: int
     """One window; a multiple of `ALIGNMENT`."""
     windows: int
-    """Windows of each of base, delta and output."""
+    """Windows of each input and output."""
     tile_bytes: int
     """What a gathering input collects at once; 0 where nothing is gathered."""
     total_bytes: int
@@ -92,9 +95,12 @@ class Plan:
     recipe: str
     base: Checkpoint
     delta: Checkpoint
+    model: Checkpoint | None
+    """The existing model that the sum is compared with; None where the sum is written."""
     files: tuple[OutputFile, ...]
     base_reads: ReadList
     delta_reads: ReadList
+    model_reads: ReadList | None
     budget: Budget
     notes: tuple[str, ...]
 
@@ -116,14 +122,15 @@ def make_plan(
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    model: Checkpoint | None = None,
     also: Sequence[Problem] = (),
     allowed: Iterable[str] = (),
 ) -> Plan:
     """Pair two checkpoints by the recipe ``plain`` and lay out the result.
 
     ``plain`` adds tensors of one name and shape, in the delta's dtype. ``dtype`` (F16, BF16 or F32) casts
-    the result once more. ``also`` are problems found elsewhere, to be told together with those found here.
-    Source: BayLing, apply_delta.py.
+    the result once more. ``model`` is what the result will be compared with, if anything. ``also`` are
+    problems found elsewhere, to be told together with those found here. Source: BayLing, apply_delta.py.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
@@ -133,16 +140,24 @@ def make_plan(
     problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
     refuse(problems, allowed)
 
+    model_weights = counted_weights(model) if model else {}
     tensors = [
-        OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref)
+        OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref, model_weights.get(name))
         for name, ref in in_stored_order(delta_weights)
     ]
+    if model:
+        refuse(model_problems(model, model_weights, tensors))
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
     base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed])
     delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed])
-    budget = make_budget(memory_limit, (base_reads, delta_reads))
-    return Plan("plain", base, delta, files, base_reads, delta_reads, budget, base.notes + delta.notes)
+    model_reads: ReadList | None = None
+    if model:
+        model_reads = read_in_order_of(model, [(tensor.name, tensor.model) for tensor in needed if tensor.model])
+    streams = [reads for reads in (base_reads, delta_reads, model_reads) if reads]
+    budget = make_budget(memory_limit, streams, outputs=1)
+    notes = base.notes + delta.notes
+    return Plan("plain", base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
 
 
 # pairing
@@ -174,6 +189,31 @@ def pair_problems(
             if ref.dtype not in FLOATS
         ]
     return problems
+
+
+def model_problems(
+    model: Checkpoint, weights: Mapping[str, TensorRef], tensors: Sequence[OutputTensor]
+) -> list[Problem]:
+    """What shows from headers alone that a model is not the sum of a base and a delta."""
+    problems: list[Problem] = []
+    for tensor in tensors:
+        found = weights.get(tensor.name)
+        if found is None:
+            problems.append(Problem("model", str(model.path), f"lacks {tensor.name}, which the sum has"))
+        elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+            what = f"is {found} in the model, {tensor.dtype} {list(tensor.shape)} in the sum"
+            problems.append(Problem("model", tensor.name, what))
+    extra = weights.keys() - {tensor.name for tensor in tensors}
+    problems += [
+        Problem("model", str(model.path), f"has {name}, which the sum does not have") for name in sorted(extra)
+    ]
+    return problems
+
+
+def counted_weights(checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    """The tensors that a digest counts: the weights, and a head that is said to be tied and yet has other values."""
+    weights = checkpoint.weights
+    return weights | {HEAD: checkpoint.tensors[HEAD]} if tied_problem(checkpoint) else weights
 
 
 def tied_problem(checkpoint: Checkpoint) -> Problem | None:
@@ -227,14 +267,14 @@ def cut_into_files(tensors: Sequence[OutputTensor], max_shard_size: int) -> tupl
 # memory
 
 
-def make_budget(limit: int, reads: Sequence[ReadList]) -> Budget:
-    """Spend ``limit`` bytes on windows for the inputs and the output, and on tiles where an input is gathered.
+def make_budget(limit: int, reads: Sequence[ReadList], *, outputs: int = 0) -> Budget:
+    """Spend ``limit`` bytes on windows for inputs and outputs, and on tiles where an input is gathered.
 
     Raises:
         UsageError: the limit is too low; the message names the least that works.
     """
     gathering = sum(read.gathers for read in reads)
-    streams = len(reads) + 1
+    streams = len(reads) + outputs
     least = 2 * streams * _SMALLEST_CHUNK + gathering * 4 * _SMALLEST_CHUNK
     if limit < least:
         message = f"{limit:,} bytes are too few for this plan; the least that works is {-(-least >> 10)}KiB"

@@ -5,8 +5,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta.errors import BaylingDeltaError, Problem
+from bayling_delta.manifest import to_json
 
-__all__ = ["applied_text", "failure_document", "failure_text", "plan_text", "readable", "size_text", "usage_document"]
+__all__ = [
+    "applied_text",
+    "failure_document",
+    "failure_text",
+    "plan_text",
+    "readable",
+    "recorded_text",
+    "size_text",
+    "to_json",
+    "usage_document",
+    "verified_text",
+]
 
 _MOST_PROBLEMS: Final = 20
 
@@ -84,6 +96,22 @@ def _outcome_text(entry: dict[str, Any]) -> str:
     if entry["outcome"] == "match":
         return f"matches {entry['source']}"
     return "nothing recorded to compare with; keep the digest, and compare it with another person's"
+
+
+def verified_text(document: dict[str, Any], model: Path) -> str:
+    """What ``verify`` says when everything matched."""
+    rows = [("model", str(model)), ("weights digest", document["weights_digest"])]
+    rows += [("matches", f"{entry['against']} ({entry['what']})") for entry in document["compared"]]
+    return _table(rows)
+
+
+def recorded_text(manifest: dict[str, Any], output: Path | None) -> str:
+    """What ``record -o`` says."""
+    result = manifest["result"]
+    rows = [("weights digest", result["weights_digest"])]
+    rows.append(("", f"{result['parameters']:,} parameters in {len(result['tensors'])} tensors, {result['dtype']}"))
+    rows.append(("written to", str(output)))
+    return _table(rows)
 
 
 def plan_text(document: dict[str, Any], out: Path) -> str:

@@ -29,7 +29,7 @@ class Window:
     """A buffer, and what it holds at the moment."""
 
     stream: str
-    """``base``, ``delta`` or ``result``: what passes through it."""
+    """What passes through it: ``base``, ``delta``, ``model`` or ``result``."""
     buffer: memoryview
     """Aligned for direct I/O."""
     home: Station

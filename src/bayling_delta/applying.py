@@ -1,14 +1,12 @@
-"""What the program does, as functions: open, plan, run, write down. The command line is a thin shell on these."""
+"""Rebuild a model: open base and delta, plan their sum, run it, write down what came out."""
 
 import json
-import os
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
-from bayling_delta import __version__, companions, engine
+from bayling_delta import companions, engine
 from bayling_delta.checkpoint import Checkpoint, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
 from bayling_delta.errors import CheckpointError, Problem, refuse
@@ -18,6 +16,7 @@ from bayling_delta.manifest import (
     SUMS_NAME,
     TensorDigest,
     file_entry,
+    manifest_head,
     parse_digest,
     result_section,
     small_file_entry,
@@ -165,13 +164,7 @@ def _write_down(
     result = result_section(_tensor_digests(plan, outcome), placed)
     beside = companions.collect(plan.delta, result["dtype"])
     manifest: dict[str, Any] = {
-        "schema": "bayling-delta/manifest/1",
-        "ok": True,
-        "tool": {"name": "bayling-delta", "version": __version__},
-        "created": _now(),
-        "operation": "apply",
-        "recipe": plan.recipe,
-        "options": options,
+        **manifest_head("apply", plan.recipe, options),
         "inputs": {
             "base": _input_section(plan.base, outcome.base),
             "delta": _input_section(plan.delta, outcome.delta),
@@ -225,13 +218,6 @@ def _index(plan: Plan, placed: dict[str, str]) -> bytes:
     total = sum(tensor.nbytes for tensor in plan.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": placed}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _now() -> str:
-    """The time for the manifest, RFC 3339 in UTC; SOURCE_DATE_EPOCH sets it, for builds that must be repeatable."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

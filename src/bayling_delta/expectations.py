@@ -1,0 +1,169 @@
+"""Records of what a model should be, and what of it is not so: manifests, SHA256SUMS, digests."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bayling_delta.checkpoint import JSON_CAP, is_plain_name, stays_in_directory
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, weights_digest
+from bayling_delta.sources import file_size, read_file
+
+__all__ = ["Expectation", "ExpectedFile", "differences", "own_expectations", "read_manifest", "read_sums"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedFile:
+    """What a file should be."""
+
+    sha256: str | None
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a model should be, as far as somebody wrote it down."""
+
+    source: str
+    """Where it is written, as the user would name it."""
+    weights_digest: str | None = None
+    """``sha256:<hex>``."""
+    tensors: dict[str, TensorDigest] | None = None
+    files: dict[str, ExpectedFile] = field(default_factory=dict)
+    dtype: str | None = None
+    """What a result was cast to, where it was."""
+
+
+def read_manifest(path: Path) -> Expectation:
+    """Read a manifest that this program, or another that keeps to docs/formats.md, wrote.
+
+    Raises:
+        CheckpointError: it cannot be read, is of a newer major version, or contradicts itself.
+    """
+    data = read_file(path, JSON_CAP)
+    try:
+        document = json.loads(data)
+        schema = document["schema"]
+        if schema != "bayling-delta/manifest/1":
+            raise CheckpointError(Problem("record", str(path), f"has the schema {str(schema)[:80]!r}, not manifest/1"))
+        result = document["result"]
+        tensors = {name: _tensor(name, entry) for name, entry in result["tensors"].items()}
+        files = {_name(entry["name"]): ExpectedFile(*_file(entry)) for entry in result["files"]}
+        recorded = parse_digest(result["weights_digest"])
+        dtype = document["options"]["dtype"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            Problem("record", str(path), f"is not a manifest of bayling-delta ({error!r})")
+        ) from error
+    if weights_digest(tensors.values()) != recorded:
+        message = f"contradicts itself: its tensors' digests do not add up to its weights digest {recorded}"
+        raise CheckpointError(Problem("record", str(path), message))
+    return Expectation(str(path), recorded, tensors, files, dtype)
+
+
+def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:
+    shape = tuple(entry["shape"])
+    if not is_plain_name(name) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"tensor {name!r}")
+    return TensorDigest(name, str(entry["dtype"]), shape, parse_digest(entry["sha256"]).removeprefix("sha256:"))
+
+
+def _file(entry: Mapping[str, Any]) -> tuple[str | None, int]:
+    size, sha256 = entry["size"], entry["sha256"]
+    if type(size) is not int:
+        raise ValueError(f"size {size!r}")
+    return (None if sha256 is None else parse_digest(sha256).removeprefix("sha256:")), size
+
+
+def _name(name: str) -> str:
+    if not stays_in_directory(name):
+        raise ValueError(f"file {name!r}")
+    return name
+
+
+def read_sums(path: Path) -> Expectation:
+    """Read a list as ``sha256sum`` prints it.
+
+    Raises:
+        CheckpointError: it cannot be read, or a line is not of that form.
+    """
+    files: dict[str, ExpectedFile] = {}
+    text = read_file(path, JSON_CAP).decode("utf-8", "surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
+        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if not found or not stays_in_directory(found[2]) or found[2] in files:
+            raise CheckpointError(Problem("record", str(path), f"line {number} is not 'DIGEST  NAME' of a file here"))
+        files[found[2]] = ExpectedFile(found[1].lower())
+    if not files:
+        raise CheckpointError(Problem("record", str(path), "is empty"))
+    return Expectation(str(path), files=files)
+
+
+def own_expectations(directory: Path) -> list[Expectation]:
+    """What lies beside a model's weights of records of it."""
+    readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums))
+    return [read(directory / name) for name, read in readers if file_size(directory / name) is not None]
+
+
+# comparing
+
+
+def differences(
+    expected: Expectation,
+    model: Path,
+    tensors: Mapping[str, TensorDigest] | None,
+    places: Mapping[str, str],
+    files: Mapping[str, tuple[int, str]],
+) -> list[Problem]:
+    """Everything in which a model is not what it is expected to be.
+
+    ``tensors`` are the digests found, None where the weights cannot be opened; ``places`` says which file each
+    tensor is in; ``files`` are the sizes and digests of the files found, by name.
+    """
+    problems = list(_file_differences(expected, model, files))
+    if tensors is not None and expected.tensors is not None:
+        problems += _tensor_differences(expected, expected.tensors, model, tensors, places)
+    if tensors is not None and expected.weights_digest not in (None, found := weights_digest(tensors.values())):
+        what = f"its weights digest is {found}; {expected.source} says {expected.weights_digest}"
+        problems.append(Problem("digest", str(model), what))
+    return problems
+
+
+def _file_differences(expected: Expectation, model: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[Problem]:
+    for name, file in expected.files.items():
+        where = str(model / name)
+        if name not in files:
+            yield Problem("model", where, f"is in {expected.source}, but not here")
+            continue
+        size, sha256 = files[name]
+        if file.size not in (None, size):
+            yield Problem("model", where, f"has {size:,} bytes; {expected.source} says {file.size:,}")
+        elif file.sha256 not in (None, sha256):
+            yield Problem("digest", where, f"its SHA-256 is {sha256}; {expected.source} says {file.sha256}")
+
+
+def _tensor_differences(
+    expected: Expectation,
+    wanted: Mapping[str, TensorDigest],
+    model: Path,
+    found: Mapping[str, TensorDigest],
+    places: Mapping[str, str],
+) -> Iterator[Problem]:
+    source = expected.source
+    for name in sorted(wanted.keys() - found.keys()):
+        yield Problem("model", str(model), f"lacks the tensor {name}, which {source} has")
+    for name in sorted(found.keys() - wanted.keys()):
+        yield Problem("model", str(model / places[name]), f"has the tensor {name}, which {source} does not have")
+    for name, digest in found.items():
+        other = wanted.get(name)
+        if other is None or digest == other:
+            continue
+        where = f"{model / places[name]}: {name}"
+        if (digest.dtype, digest.shape) != (other.dtype, other.shape):
+            what = f"is {digest.dtype} {list(digest.shape)}; {source} says {other.dtype} {list(other.shape)}"
+            yield Problem("model", where, what)
+        else:
+            yield Problem("digest", where, f"has other values than {source} says")

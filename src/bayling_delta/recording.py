@@ -1,0 +1,112 @@
+"""Digest a checkpoint: what it is, so that it can be recorded and compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bayling_delta import companions, engine
+from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint
+from bayling_delta.engine import DEFAULT_THREADS, Progress
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section
+from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, counted_weights, make_budget
+from bayling_delta.reads import read_whole
+from bayling_delta.sources import file_size, open_source
+
+__all__ = ["Found", "digest_model", "record"]
+
+
+def record(
+    model: Path,
+    *,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    threads: int = DEFAULT_THREADS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Digest every tensor and file of a checkpoint, and return its manifest; write nothing.
+
+    This is how recorded checksums come to be: anyone who has the same weights gets the same weights digest,
+    whatever container and sharding they are in.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        IntegrityError: a record of a ``.bin`` file is damaged.
+    """
+    beside = [name for name in companions.COPIED if file_size(directory_of(model) / name) is not None]
+    found = digest_model(model, beside, memory_limit=memory_limit, threads=threads, progress=progress)
+    refuse(found.problems)
+    result = result_section((found.tensors or {}).values(), found.places)
+    result["files"] = [file_entry(name, size, sha256) for name, (size, sha256) in found.files.items()]
+    head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})
+    return {**head, "result": result, "changes": [], "verification": []}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a model is: its digests."""
+
+    model: Path
+    checkpoint: Checkpoint
+    """With no tensors where the weights could not be opened."""
+    tensors: dict[str, TensorDigest] | None
+    """None where the weights could not be opened."""
+    files: dict[str, tuple[int, str]]
+    """Size and SHA-256 of each file read."""
+    problems: tuple[Problem, ...]
+    """What kept the weights from being opened, and damage that checksums found."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Which file each tensor is in."""
+        return {name: ref.file.name for name, ref in self.checkpoint.tensors.items()}
+
+
+def digest_model(
+    model: Path,
+    names: Sequence[str] = (),
+    *,
+    memory_limit: int,
+    threads: int,
+    progress: Progress | None = None,
+    strict: bool = True,
+) -> Found:
+    """Digest a model's weights, tensor by tensor and file by file, and the files ``names`` beside them, in one pass.
+
+    Where the weights cannot be opened: ``strict`` raises, else the files alone are digested.
+
+    Raises:
+        CheckpointError: the model, or a file, cannot be read.
+    """
+    problems: tuple[Problem, ...] = ()
+    try:
+        checkpoint = open_checkpoint(model)
+    except CheckpointError as error:
+        if strict:
+            raise
+        problems = tuple(replace(problem, kind="model") for problem in error.problems)
+        checkpoint = Checkpoint(model, directory_of(model), "unknown", (), {}, None)
+    weights = counted_weights(checkpoint)
+    known = {file.path.name for file in checkpoint.files}
+    beside = [_file(checkpoint.directory / name) for name in dict.fromkeys(names) if name not in known]
+    everything = replace(checkpoint, files=(*checkpoint.files, *(file for file in beside if file)))
+    reads = read_whole(everything, weights)
+    budget = make_budget(memory_limit, [reads])
+    digests, damage = engine.digest(everything, reads, budget, threads=threads, progress=progress)
+    tensors = {name: TensorDigest(name, ref.dtype, ref.shape, digests.tensors[name]) for name, ref in weights.items()}
+    return Found(
+        model,
+        checkpoint,
+        tensors if checkpoint.tensors else None,
+        {file.path.name: (file.size, digests.files[file.path.name]) for file in everything.files},
+        (*problems, *damage),
+    )
+
+
+def _file(path: Path) -> WeightFile | None:
+    """A file to digest; None if there is none that can be read."""
+    try:
+        with open_source(path) as source:
+            return WeightFile(path, *source.stamp)
+    except CheckpointError:
+        return None

@@ -1,0 +1,161 @@
+"""Check a model against what is recorded of it, or against the sum of a base and a delta made anew."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bayling_delta import engine
+from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
+from bayling_delta.engine import DEFAULT_THREADS, Difference, Progress
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.expectations import Expectation, differences, own_expectations, read_manifest
+from bayling_delta.manifest import MANIFEST_NAME, TensorDigest, parse_digest, weights_digest
+from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
+from bayling_delta.recording import Found, digest_model
+from bayling_delta.sources import file_size
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: Path,
+    *,
+    against: str | None = None,
+    base: Path | None = None,
+    delta: Path | None = None,
+    dtype: str | None = None,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    threads: int = DEFAULT_THREADS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check a model, and return the document ``bayling-delta/verify/1`` of what was compared and matched.
+
+    Without more, the model is compared with the manifest and SHA256SUMS beside it. ``against`` is a weights
+    digest, a manifest's file, or a directory with one. ``base`` and ``delta`` together have the sum made anew
+    and compared element by element; ``dtype`` (F16, BF16 or F32) is what the result was cast to, if it was and
+    the model's manifest does not say so.
+
+    Raises:
+        IntegrityError: with everything in which the model is not what it should be.
+        NoRecordError: there is nothing to compare with.
+        CheckpointError: a record, base or delta cannot be read.
+        MismatchError: base and delta do not belong together.
+    """
+    expectations = _expectations(model, against)
+    compared: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    digest: str | None = None
+    readable = True
+    if expectations:
+        names = [name for expected in expectations for name in expected.files]
+        found = digest_model(model, names, memory_limit=memory_limit, threads=threads, progress=progress, strict=False)
+        problems += against_expectations(found, expectations)
+        compared += [_comparison(expected) for expected in expectations]
+        readable = found.tensors is not None
+        digest = weights_digest(found.tensors.values()) if found.tensors is not None else None
+    if base is not None and delta is not None and readable:
+        plan = _plan_comparison(model, base, delta, dtype, memory_limit)
+        outcome = engine.run(plan, None, threads=threads, progress=progress)
+        problems += [*outcome.damage, *against_sum(plan, outcome.differences)]
+        compared.append({"what": "every element", "against": "the sum of base and delta", "outcome": "match"})
+        digest = weights_digest(
+            TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.result.tensors[tensor.name])
+            for tensor in plan.tensors
+        )
+    if not expectations and not compared:
+        open_checkpoint(model)
+        message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
+        problems.append(Problem("no_record", str(model), message))
+    refuse(problems)
+    return {"schema": "bayling-delta/verify/1", "ok": True, "weights_digest": digest, "compared": compared}
+
+
+def _expectations(model: Path, against: str | None) -> list[Expectation]:
+    """What the model is to be compared with: what ``against`` names, or what lies beside its weights."""
+    if against is None:
+        return own_expectations(directory_of(model))
+    with suppress(ValueError):
+        return [Expectation("--against", parse_digest(against))]
+    path = Path(against)
+    manifest = path / MANIFEST_NAME if file_size(path) is None else path
+    return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
+
+
+def _comparison(expected: Expectation) -> dict[str, Any]:
+    parts = [f"{len(expected.files)} files"] if expected.files else []
+    if expected.tensors is not None:
+        parts.append(f"{len(expected.tensors)} tensors")
+    if expected.weights_digest is not None:
+        parts.append("the weights digest")
+    return {"what": ", ".join(parts), "against": expected.source, "outcome": "match"}
+
+
+def _plan_comparison(model: Path, base: Path, delta: Path, dtype: str | None, memory_limit: int) -> Plan:
+    """The plan of the sum that a model claims to be."""
+    problems: list[Problem] = []
+    opened: list[Checkpoint] = []
+    for path in (base, delta, model):
+        try:
+            opened.append(open_checkpoint(path))
+        except CheckpointError as error:
+            problems += error.problems
+    refuse(problems)
+    manifest = directory_of(model) / MANIFEST_NAME
+    if dtype is None and file_size(manifest) is not None:
+        dtype = read_manifest(manifest).dtype
+    return make_plan(opened[0], opened[1], dtype=dtype, memory_limit=memory_limit, model=opened[2])
+
+
+def against_expectations(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:
+    """Everything in which a model is not what it is expected to be, and what a loader would take besides."""
+    problems = list(found.problems)
+    for expected in expectations:
+        problems += differences(expected, found.model, found.tensors, found.places, found.files)
+    return _once(problems)
+
+
+def stray_weights(checkpoint: Checkpoint, expectations: Sequence[Expectation]) -> list[Problem]:
+    """Weight files in a model's directory that neither it nor a list of its files knows."""
+    known = {file.path.name for file in checkpoint.files}
+    known.update(name for expected in expectations for name in expected.files)
+    if not checkpoint.files:  # the weights could not be opened, which is told already
+        return []
+    return [
+        Problem("model", str(checkpoint.directory / name), "does not belong to this model, and a loader may take it")
+        for name in loadable_files(checkpoint.directory)
+        if name not in known and not name.endswith(".index.json")
+    ]
+
+
+def _once(problems: Sequence[Problem]) -> list[Problem]:
+    """The same finding from two lists is told once: the first."""
+    seen: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        seen.setdefault((problem.kind, problem.where), problem)
+    return list(seen.values())
+
+
+def against_sum(plan: Plan, found: dict[str, Difference]) -> list[Problem]:
+    """Each tensor of a model that differs from the sum made anew, with the first elements that do."""
+    shapes = {tensor.name: tensor for tensor in plan.tensors}
+    problems: list[Problem] = []
+    for name, difference in found.items():
+        tensor = shapes[name]
+        where = f"{tensor.model.file}: {name}" if tensor.model else name
+        values = "; ".join(
+            f"{list(_index(place, tensor.shape))}: {model!r}, the sum is {total!r}"
+            for place, total, model in difference.first
+        )
+        count = f"{difference.count:,} of {tensor.delta.elements:,} elements differ"
+        problems.append(Problem("model", where, f"{count}: {values}"))
+    return problems
+
+
+def _index(place: int, shape: Sequence[int]) -> Sequence[int]:
+    index: list[int] = []
+    for size in reversed(shape):
+        place, within = divmod(place, size)
+        index.insert(0, within)
+    return index
