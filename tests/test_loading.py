@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bayling_delta import apply
-from tests.pairs import CONFIG, llama, published_sum, save
+from bayling_delta import apply, verify
+from bayling_delta.errors import IntegrityError
+from tests.pairs import CONFIG, llama, load, published_sum, save
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def test_transformers_loads_the_result(
         tmp_path / "out",
         max_shard_size=max_shard_size,
     )
-    loaded: Any
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    auto: Any = AutoModelForCausalLM
+    loaded, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert not [record for record in loud.records if record.levelno >= logging.WARNING]
     assert loaded.dtype == torch.float16
@@ -49,3 +50,38 @@ def test_transformers_loads_the_result(
     words = torch.arange(20).reshape(1, 20)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(words).logits, expected(words).logits)
+
+
+# verify --load
+
+
+@pytest.fixture
+def rebuilt(tmp_path: Path) -> Path:
+    apply(save(tmp_path / "base", llama(1)), save(tmp_path / "delta", llama(2, 0.01)), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_load_adds_to_a_comparison(rebuilt: Path) -> None:
+    loaded = verify(rebuilt, load=True)["loaded"]
+    assert loaded["architecture"] == "LlamaForCausalLM"
+    assert "token ids [1, " in loaded["generated"]
+
+
+def test_a_model_that_is_not_what_its_config_says_does_not_load(rebuilt: Path) -> None:
+    """Names and shapes are checked before any weights are loaded, and all of them are told."""
+    state = load(rebuilt)
+    digest = verify(rebuilt)["weights_digest"]
+    broken = save(rebuilt.parent / "broken", state, config=CONFIG | {"num_hidden_layers": 3, "vocab_size": 161})
+    with pytest.raises(IntegrityError) as raised:
+        verify(broken, against=digest, load=True)
+    messages = [problem.message for problem in raised.value.problems]
+    assert {problem.kind for problem in raised.value.problems} == {"load"}
+    assert "lacks model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM needs" in messages
+    assert "lm_head.weight is [160, 64], config.json makes it [161, 64]" in messages
+
+
+def test_a_model_without_a_config_does_not_load(rebuilt: Path) -> None:
+    digest = verify(rebuilt)["weights_digest"]
+    bare = save(rebuilt.parent / "bare", load(rebuilt), config=None)
+    with pytest.raises(IntegrityError, match="cannot load it"):
+        verify(bare, against=digest, load=True)

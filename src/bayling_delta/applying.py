@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta import companions, engine
+from bayling_delta.arithmetic import make_addition
 from bayling_delta.checkpoint import Checkpoint, open_checkpoint
-from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
+from bayling_delta.engine import DEFAULT_THREADS, Additions, Digests, Outcome, Progress
 from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.files import output_problems, staged_directory, write_file
 from bayling_delta.manifest import (
@@ -30,7 +31,7 @@ from bayling_delta.reads import ReadList
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.tensors import DTYPES
 
-__all__ = ["apply", "plan_apply", "plan_document"]
+__all__ = ["additions_on", "apply", "plan_apply", "plan_document"]
 
 _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
@@ -101,15 +102,17 @@ def apply(
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     threads: int = DEFAULT_THREADS,
     direct: bool = True,
+    device: str = "cpu",
     expect: str | None = None,
     allow: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
 
-    The options are those of `plan_apply`; ``threads`` and ``direct`` (reads and writes past the page cache,
-    where the system has them) do not change what comes out. ``expect`` is the weights digest that the result
-    must have. ``out`` appears when it is complete and synced; if anything fails, it does not appear.
+    The options are those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes
+    out depends on none of the others: ``threads``, ``direct`` (past the page cache, where the system has that),
+    ``device`` (``cpu``, ``cuda`` or ``cuda:N``). ``out`` appears when it is complete and synced; if anything
+    fails, it does not appear.
 
     Raises:
         BaylingDeltaError: what `plan_apply` finds; an input that fails or changes while it is read; a result
@@ -120,12 +123,26 @@ def apply(
     plan = plan_apply(
         base, delta, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, allow=allow
     )
+    additions = additions_on(device)
     with staged_directory(out) as directory:
         with closing(DirectorySink(directory, direct=direct)) as sink:
-            outcome = engine.run(plan, sink, threads=threads, direct=direct, progress=progress)
+            outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
         refuse(_result_problems(plan, outcome, out, wanted), allow)
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
         return _write_down(plan, outcome, directory, wanted, options)
+
+
+def additions_on(device: str) -> Additions:
+    """What adds on a device; torch is imported for a GPU alone.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if device == "cpu":
+        return make_addition
+    from bayling_delta.gpu import make_additions
+
+    return make_additions(device)
 
 
 def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:

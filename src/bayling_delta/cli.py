@@ -80,6 +80,18 @@ class Digest(click.ParamType[str]):
             self.fail(str(error), param, ctx)
 
 
+class Device(click.ParamType[str]):
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what is not the name of a device; whether it is here is seen later."""
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", value):
+            self.fail(f"{value!r} is not cpu, cuda or cuda:N", param, ctx)
+        return str(value)
+
+
 _PATH: Final = click.Path(path_type=Path)
 _ALLOWABLE: Final = click.Choice(sorted(kind for kind, meaning in KINDS.items() if meaning.allow))
 
@@ -135,6 +147,7 @@ def _working(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--out", type=_PATH, required=True, help="The directory to make; it must not exist yet.")
 @click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="Cast the result, once. [default: the delta's]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes of tensors in a file.")
+@click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add: cpu, cuda, cuda:N.")
 @click.option("--expect", type=Digest(), metavar="DIGEST", help="Fail unless the result has this weights digest.")
 @click.option("--allow", multiple=True, type=_ALLOWABLE, help="Overrule a refusal of this kind. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check everything that can be checked, show the plan, write nothing.")
@@ -146,6 +159,7 @@ def apply(
     out: Path,
     dtype: str | None,
     max_shard_size: int,
+    device: str,
     expect: str | None,
     allow: tuple[str, ...],
     dry_run: bool,
@@ -179,7 +193,9 @@ def apply(
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
     with _progress("apply", quiet) as progress:
-        manifest = applying.apply(base, delta, out, **options, threads=threads, expect=expect, progress=progress)
+        manifest = applying.apply(
+            base, delta, out, **options, threads=threads, device=device, expect=expect, progress=progress
+        )
     _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
 
 
@@ -189,6 +205,9 @@ def apply(
 @click.option("--base", type=_PATH, help="With --delta: make the sum anew, and compare every element.")
 @click.option("--delta", type=_PATH, help="With --base.")
 @click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="What the sum was cast to, if no manifest says so.")
+@click.option("--load", is_flag=True, help="Also load it with transformers, and have it say a few words.")
+@click.option("--load-in-8bit", "eight_bit", is_flag=True, help="The same in 8 bit, where bitsandbytes is installed.")
+@click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add and load: cpu, cuda.")
 @_working
 @_common
 def verify(
@@ -197,6 +216,9 @@ def verify(
     base: Path | None,
     delta: Path | None,
     dtype: str | None,
+    load: bool,
+    eight_bit: bool,
+    device: str,
     memory_limit: int,
     threads: int,
     as_json: bool,
@@ -227,6 +249,9 @@ def verify(
             dtype=_DTYPES[dtype] if dtype else None,
             memory_limit=memory_limit,
             threads=threads,
+            device=device,
+            load=load or eight_bit,
+            eight_bit=eight_bit,
             progress=progress,
         )
     _show(document, report.verified_text(document, model), as_json=as_json, quiet=quiet)

@@ -24,7 +24,7 @@ from bayling_delta.reads import ReadList
 from bayling_delta.tensors import DTYPES, TensorRef
 from bayling_delta.windows import Digester, Reader, RecordChecker, Window, allocate
 
-__all__ = ["DEFAULT_THREADS", "Difference", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
+__all__ = ["DEFAULT_THREADS", "Additions", "Difference", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
 
 DEFAULT_THREADS: Final = 8
 """As many as there are stations; at any time most of them wait for the disk or for each other."""
@@ -33,6 +33,8 @@ _BOUNCE_BYTES: Final = 64 << 10
 _TICK_SECONDS: Final = 0.1
 _FIRST_DIFFERENCES: Final = 3
 
+Additions = Callable[[str, str, str], Operation]
+"""(base, delta and result dtype) -> the addition for them."""
 Progress = Callable[[int, int], None]
 """(bytes of the result done, bytes in all); called in the caller's thread, some ten times a second."""
 
@@ -96,12 +98,14 @@ def run(
     *,
     threads: int = DEFAULT_THREADS,
     direct: bool = True,
+    additions: Additions = make_addition,
     progress: Progress | None = None,
 ) -> Outcome:
     """Add base and delta as planned; give the result to ``sink``, if any, and compare it with the plan's model, if any.
 
     Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` asks for reads past the page
-    cache where the system has them. The result does not depend on ``threads`` or ``direct``.
+    cache where the system has them. ``additions`` makes the addition for dtypes: the CPU's, or that of `gpu`.
+    The result does not depend on any of these.
 
     Raises:
         CheckpointError: an input cannot be read, or is not what the plan was made of.
@@ -117,7 +121,7 @@ def run(
     ]
     if sink is not None:
         users.append(flow.station(lambda window: _hand_over(sink, window)))
-    adder = _Adder(plan.files, flow.release, lambda window: flow.share(window, users))
+    adder = _Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users))
     adding.handle = adder.take
     flow.supply("result", plan.budget, adding)
     base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding)
@@ -283,11 +287,16 @@ class _Adder:
     """Adds tensor by tensor, over whatever of base, delta and result lies in memory together."""
 
     def __init__(
-        self, files: Sequence[OutputFile], release: Callable[[Window], None], emit: Callable[[Window], None]
+        self,
+        files: Sequence[OutputFile],
+        additions: Additions,
+        release: Callable[[Window], None],
+        emit: Callable[[Window], None],
     ) -> None:
         self.done_bytes = 0
         self.non_finite: dict[str, int] = {}
         self.differences: dict[str, Difference] = {}
+        self._additions = additions
         self._release = release
         self._emit = emit
         self._arrived: dict[str, deque[Window]] = {stream: deque() for stream in (*_INPUTS, "result")}
@@ -341,7 +350,7 @@ class _Adder:
         dtypes = (tensor.base.dtype, tensor.delta.dtype, tensor.dtype)
         operation = self._operations.get(dtypes)
         if operation is None:
-            operation = self._operations[dtypes] = make_addition(*dtypes)
+            operation = self._operations[dtypes] = self._additions(*dtypes)
         item_bytes = DTYPES[tensor.dtype]
         done, elements, found = 0, tensor.base.elements, 0
         while done < elements:

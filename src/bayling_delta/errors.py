@@ -134,6 +134,7 @@ KINDS: dict[str, Kind] = {
     "crc": Kind(IntegrityError, "a record of a .bin file is damaged: its CRC-32 is wrong"),
     "no_record": Kind(NoRecordError, "there is nothing to compare with"),
     "model": Kind(IntegrityError, "a model is not what a record or a recomputed sum says"),
+    "load": Kind(IntegrityError, "transformers cannot load a model, or it computes nonsense"),
     "digest": Kind(IntegrityError, "a digest is not the expected one"),
     # 6: the output cannot be written
     "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),
@@ -142,6 +143,7 @@ KINDS: dict[str, Kind] = {
     "write": Kind(OutputError, "the system refused to write"),
     # 2: usage
     "memory_limit": Kind(UsageError, "the memory limit is below what the plan needs"),
+    "device": Kind(UsageError, "a device or library that is not here"),
     "option": Kind(UsageError, "an option has a value that cannot be used"),
     # signals
     "signal": Kind(InterruptedRunError, "a signal ended the run"),

@@ -2,17 +2,25 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bayling_delta.checkpoint import JSON_CAP, is_plain_name, stays_in_directory
 from bayling_delta.errors import CheckpointError, Problem
-from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, weights_digest
+from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, sums_text, weights_digest
 from bayling_delta.sources import file_size, read_file
 
-__all__ = ["Expectation", "ExpectedFile", "differences", "own_expectations", "read_manifest", "read_sums"]
+__all__ = [
+    "Expectation",
+    "ExpectedFile",
+    "differences",
+    "own_expectations",
+    "read_manifest",
+    "read_sums",
+    "sums_problems",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +100,11 @@ def read_sums(path: Path) -> Expectation:
     """
     files: dict[str, ExpectedFile] = {}
     text = read_file(path, JSON_CAP).decode("utf-8", "surrogateescape")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
         if not found or not stays_in_directory(found[2]) or found[2] in files:
             raise CheckpointError(Problem("record", str(path), f"line {number} is not 'DIGEST  NAME' of a file here"))
         files[found[2]] = ExpectedFile(found[1].lower())
-    if not files:
-        raise CheckpointError(Problem("record", str(path), "is empty"))
     return Expectation(str(path), files=files)
 
 
@@ -106,6 +112,17 @@ def own_expectations(directory: Path) -> list[Expectation]:
     """What lies beside a model's weights of records of it."""
     readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums))
     return [read(directory / name) for name, read in readers if file_size(directory / name) is not None]
+
+
+def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[Problem]:
+    """The finding that a model with a manifest has a SHA256SUMS that is not, byte for byte, as it was written."""
+    if len(expectations) < 2:  # a list by itself may be anybody's, in whatever form
+        return []
+    path = directory / SUMS_NAME
+    files = {name: file.sha256 or "" for name, file in expectations[1].files.items()}
+    if read_file(path, JSON_CAP) == sums_text(files).encode("utf-8", "surrogateescape"):
+        return []
+    return [Problem("model", str(path), "is not in the form in which it was written")]
 
 
 # comparing

@@ -102,6 +102,9 @@ def verified_text(document: dict[str, Any], model: Path) -> str:
     """What ``verify`` says when everything matched."""
     rows = [("model", str(model)), ("weights digest", document["weights_digest"])]
     rows += [("matches", f"{entry['against']} ({entry['what']})") for entry in document["compared"]]
+    if document["loaded"]:
+        rows.append(("loads", f"{document['loaded']['architecture']} on {document['loaded']['device']}"))
+        rows.append(("says", document["loaded"]["generated"]))
     return _table(rows)
 
 

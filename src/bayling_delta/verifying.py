@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bayling_delta import engine
+from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Difference, Progress
 from bayling_delta.errors import CheckpointError, Problem, refuse
-from bayling_delta.expectations import Expectation, differences, own_expectations, read_manifest
+from bayling_delta.expectations import Expectation, differences, own_expectations, read_manifest, sums_problems
 from bayling_delta.manifest import MANIFEST_NAME, TensorDigest, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
@@ -28,6 +29,9 @@ def verify(
     dtype: str | None = None,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     threads: int = DEFAULT_THREADS,
+    device: str = "cpu",
+    load: bool = False,
+    eight_bit: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Check a model, and return the document ``bayling-delta/verify/1`` of what was compared and matched.
@@ -35,7 +39,8 @@ def verify(
     Without more, the model is compared with the manifest and SHA256SUMS beside it. ``against`` is a weights
     digest, a manifest's file, or a directory with one. ``base`` and ``delta`` together have the sum made anew
     and compared element by element; ``dtype`` (F16, BF16 or F32) is what the result was cast to, if it was and
-    the model's manifest does not say so.
+    the model's manifest does not say so. ``load`` also loads the model with transformers and generates a few
+    tokens; it adds to a comparison and does not replace one. ``device`` is where the sum is made and the model loaded.
 
     Raises:
         IntegrityError: with everything in which the model is not what it should be.
@@ -52,12 +57,15 @@ def verify(
         names = [name for expected in expectations for name in expected.files]
         found = digest_model(model, names, memory_limit=memory_limit, threads=threads, progress=progress, strict=False)
         problems += against_expectations(found, expectations)
+        problems += stray_weights(found.checkpoint, expectations)
+        if against is None:
+            problems += sums_problems(directory_of(model), expectations)
         compared += [_comparison(expected) for expected in expectations]
         readable = found.tensors is not None
         digest = weights_digest(found.tensors.values()) if found.tensors is not None else None
     if base is not None and delta is not None and readable:
         plan = _plan_comparison(model, base, delta, dtype, memory_limit)
-        outcome = engine.run(plan, None, threads=threads, progress=progress)
+        outcome = engine.run(plan, None, threads=threads, additions=additions_on(device), progress=progress)
         problems += [*outcome.damage, *against_sum(plan, outcome.differences)]
         compared.append({"what": "every element", "against": "the sum of base and delta", "outcome": "match"})
         digest = weights_digest(
@@ -69,7 +77,19 @@ def verify(
         message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
         problems.append(Problem("no_record", str(model), message))
     refuse(problems)
-    return {"schema": "bayling-delta/verify/1", "ok": True, "weights_digest": digest, "compared": compared}
+    loaded: dict[str, Any] | None = None
+    if load:
+        from bayling_delta.loading import load_and_generate
+
+        checkpoint = open_checkpoint(model)
+        loaded = load_and_generate(checkpoint.directory, checkpoint.weights, device=device, eight_bit=eight_bit)
+    return {
+        "schema": "bayling-delta/verify/1",
+        "ok": True,
+        "weights_digest": digest,
+        "compared": compared,
+        "loaded": loaded,
+    }
 
 
 def _expectations(model: Path, against: str | None) -> list[Expectation]:
