@@ -1,5 +1,6 @@
 """The command line: options in, one core function called, its result shown. The only module that prints."""
 
+import gc
 import os
 import re
 import signal
@@ -341,6 +342,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     command = next((word for word in words if word in commands.commands), "bayling-delta")
     as_json = "--json" in words
     _raise_on_signals()
+    gc.set_threshold(200_000, 50, 1000)  # headers become many small objects, none of them in cycles
     try:
         commands.main(words, prog_name="bayling-delta", standalone_mode=False)
         code = 0
