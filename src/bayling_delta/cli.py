@@ -284,6 +284,26 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
     _show(manifest, report.recorded_text(manifest, output), as_json=as_json or output is None, quiet=quiet)
 
 
+@commands.command()
+@click.argument("path", type=_PATH)
+@_common
+def inspect(path: Path, as_json: bool, quiet: bool) -> None:
+    r"""Say what a checkpoint is: its tensors, its architecture, delta or full model, and what is odd about it.
+
+    PATH is a directory, one weights file or a shard index. Only headers, small tensors and rows of some large ones
+    are read. What cannot be read is listed as odd, as long as something can.
+
+    \b
+    Examples:
+      bayling-delta inspect llama-7b
+      bayling-delta inspect bayling-7b-diff --json
+    """
+    from bayling_delta import inspecting
+
+    document = inspecting.inspect_checkpoint(path)
+    _show(document, report.inspected_text(document, path), as_json=as_json, quiet=quiet)
+
+
 # showing
 
 

@@ -106,7 +106,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[TensorRef, in
 def _counts(values: object) -> bool:
     if not isinstance(values, list):
         return False
-    for value in values:  # a loop, since a generator takes twice as long, and there may be 100,000 tensors
+    for value in values:  # noqa: SIM110  # a generator takes twice as long, and there may be 100,000 tensors
         if type(value) is not int or not 0 <= value < 1 << 63:
             return False
     return True
