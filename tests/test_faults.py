@@ -119,6 +119,7 @@ class FailingNth(System):
 CASES = [
     ("read_into", errno.EIO, CheckpointError, "unreadable"),
     ("open_read", errno.EACCES, CheckpointError, "unreadable"),
+    ("stat_handle", errno.ESTALE, CheckpointError, "unreadable"),
     ("write_from", errno.ENOSPC, OutputError, "disk_space"),
     ("write_from", errno.EIO, OutputError, "write"),
     ("open_write", errno.EROFS, OutputError, "write"),

@@ -45,7 +45,7 @@ def save_sparse(directory: Path, tensors: dict[str, tuple[int, ...]], shards: in
     directory.mkdir(parents=True)
     names = list(tensors)
     share = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         part = names[number * share : (number + 1) * share]
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"

@@ -32,7 +32,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 def test_shards_are_cut_as_huggingface_hub_cuts_them(sizes: list[int], limit: int) -> None:
     """The same names in the same files, tensors above the limit included; empty ones share a storage in its eyes."""
     state = {f"t{number}": torch.zeros(size, dtype=torch.float16) for number, size in enumerate(sizes)}
-    split = split_torch_state_dict_into_shards(state, max_shard_size=limit)  # type: ignore[arg-type]  # invariant
+    split = split_torch_state_dict_into_shards(state, max_shard_size=limit)
     files = cut_into_files([output_tensor(name, tuple(tensor.shape)) for name, tensor in state.items()], limit)
     assert {file.name: [tensor.name for tensor in file.tensors] for file in files} == split.filename_to_tensors
 

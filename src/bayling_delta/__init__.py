@@ -12,6 +12,7 @@ __all__ = [
     "TensorRef",
     "__version__",
     "apply",
+    "inspect_checkpoint",
     "make_plan",
     "open_checkpoint",
     "plan_apply",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bayling_delta.applying import apply, plan_apply
     from bayling_delta.checkpoint import Checkpoint, open_checkpoint
     from bayling_delta.errors import BaylingDeltaError, Problem
+    from bayling_delta.inspecting import inspect_checkpoint
     from bayling_delta.manifest import weights_digest
     from bayling_delta.plan import Plan, make_plan
     from bayling_delta.recording import record
@@ -37,6 +39,7 @@ _HOMES = {
     "Problem": "errors",
     "TensorRef": "tensors",
     "apply": "applying",
+    "inspect_checkpoint": "inspecting",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
     "plan_apply": "applying",

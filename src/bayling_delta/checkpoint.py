@@ -4,7 +4,6 @@ The containers are told apart by their first bytes, an index is checked against 
 and no weights are read.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Final
 from bayling_delta import safetensors_format, torch_format
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import file_size, list_directory, open_source, read_bytes, read_file
+from bayling_delta.strict_json import load_strict
 from bayling_delta.tensors import TensorRef
 from bayling_delta.zip_records import Record
 
@@ -27,6 +27,7 @@ __all__ = [
     "loadable_files",
     "open_checkpoint",
     "stays_in_directory",
+    "survey",
 ]
 
 EMBEDDING: Final = "model.embed_tokens.weight"
@@ -61,7 +62,7 @@ class Checkpoint:
     directory: Path
     """Where configuration and tokenizer lie."""
     container: str
-    """``safetensors`` or ``torch``."""
+    """``safetensors`` or ``torch``; ``mixed`` only in a `survey`."""
     files: tuple[WeightFile, ...]
     """In the order of the index, or of their names."""
     tensors: dict[str, TensorRef]
@@ -75,8 +76,8 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether lm_head.weight is the embedding under another name, by config.json or by sharing its bytes."""
         said = (self.config or {}).get("tie_word_embeddings")
-        if said is not None:
-            return bool(said)
+        if isinstance(said, bool):
+            return said
         return HEAD in self.tensors and self.tensors[HEAD] == self.tensors.get(EMBEDDING)
 
     @property
@@ -97,25 +98,47 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: with every problem found in it.
     """
+    checkpoint, problems = survey(path)
+    if checkpoint is None or problems:
+        raise CheckpointError(problems)
+    return checkpoint
+
+
+def survey(path: Path) -> tuple[Checkpoint | None, list[Problem]]:
+    """Open what can be opened, and list what is wrong with the rest; None where no tensor can be described."""
+    try:
+        directory, files, notes, problems = _find_files(path)
+    except CheckpointError as error:
+        return None, list(error.problems)
+    return _open_shards(path, directory, files, notes, problems)
+
+
+_Files = dict[str, list[str] | None]
+"""Weight files by name, in order, each with the tensors that an index places in it; None where there is no index."""
+
+
+def _find_files(path: Path) -> tuple[Path, _Files, tuple[str, ...], list[Problem]]:
+    """Where a checkpoint's files lie, which they are, what to say of that, and what is wrong with the index."""
     if file_size(path) is not None:
-        directory = path.parent
-        if path.suffix == ".json":
-            return _open_shards(path, directory, _read_index(path), ())
-        return _open_shards(path, directory, {path.name: None}, ())
+        files, problems = _read_index(path) if path.suffix == ".json" else ({path.name: None}, [])
+        return path.parent, files, (), problems
     names = list_directory(path)
     for container, single, index, pattern in _LAYOUTS:
+        shards: _Files = dict.fromkeys(name for name in names if re.fullmatch(pattern, name))
+        problems = []
         if single in names:
-            found: dict[str, list[str] | None] = {single: None}
+            shards = {single: None}
         elif index in names:
-            found = _read_index(path / index)
-        elif shards := [name for name in names if re.fullmatch(pattern, name)]:
-            found = dict.fromkeys(shards)
-        else:
+            placed, problems = _read_index(path / index)
+            shards = placed or shards
+        elif not shards:
             continue
+        else:
+            problems = _absent_shards(path, shards)
         notes: tuple[str, ...] = ()
         if container == "safetensors" and any(re.fullmatch(_LAYOUTS[1][3], name) for name in names):
             notes = (f"{path}: has both containers; the safetensors files are taken, as transformers does",)
-        return _open_shards(path, path, found, notes)
+        return path, shards, notes, problems
     raise CheckpointError(Problem("not_found", str(path), _no_weights(names)))
 
 
@@ -132,15 +155,17 @@ def _no_weights(names: list[str]) -> str:
     return "has no model*.safetensors and no pytorch_model*.bin; name the directory that holds the weights"
 
 
-def _read_index(path: Path) -> dict[str, list[str] | None]:
-    """The files that an index names, in its order, each with the tensors it should hold."""
+def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
+    """The files that an index names, in its order, each with the tensors it should hold; and what is wrong with it."""
     try:
-        index = json.loads(read_file(path, JSON_CAP))
+        index = load_strict(read_file(path, JSON_CAP))
         weight_map = index["weight_map"]
         items = list(weight_map.items())
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(Problem("index", str(path), "is not a shard index with a weight_map")) from error
-    files: dict[str, list[str] | None] = {}
+    except CheckpointError as error:
+        return {}, list(error.problems)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return {}, [Problem("index", str(path), f"is not a shard index with a weight_map ({error})")]
+    files: _Files = {}
     problems: list[Problem] = []
     for tensor, name in items:
         if not isinstance(name, str) or not stays_in_directory(name):
@@ -149,11 +174,19 @@ def _read_index(path: Path) -> dict[str, list[str] | None]:
         tensors = files.setdefault(name, [])
         if tensors is not None:
             tensors.append(tensor)
-    if problems:
-        raise CheckpointError(problems)
-    if not files:
-        raise CheckpointError(Problem("index", str(path), "names no tensors"))
-    return files
+    if not files and not problems:
+        problems.append(Problem("index", str(path), "names no tensors"))
+    return files, problems
+
+
+def _absent_shards(path: Path, shards: _Files) -> list[Problem]:
+    """What the numbers in the names of shards say is missing, where there is no index to say it."""
+    counts = {int(found[1]) for name in shards if (found := re.search(r"-of-([0-9]{1,9})\.", name))}
+    if len(counts) == 1 and len(shards) < (count := counts.pop()):
+        return [
+            Problem("incomplete", str(path), f"has {len(shards)} of {count} shards and no index; download the rest")
+        ]
+    return []
 
 
 def directory_of(path: Path) -> Path:
@@ -169,12 +202,14 @@ def loadable_files(directory: Path) -> list[str]:
 
 def stays_in_directory(name: str) -> bool:
     """Whether a name from a file names a file of the same directory."""
-    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f\ud800-\udfff]", name)
 
 
-def _open_shards(path: Path, directory: Path, files: dict[str, list[str] | None], notes: tuple[str, ...]) -> Checkpoint:
+def _open_shards(
+    path: Path, directory: Path, files: _Files, notes: tuple[str, ...], problems: list[Problem]
+) -> tuple[Checkpoint | None, list[Problem]]:
     """Read every shard's header and hold it against what the index says of it, if there is one."""
-    problems: list[Problem] = []
+    problems = list(problems)
     opened: list[WeightFile] = []
     tensors: dict[str, TensorRef] = {}
     containers: set[str] = set()
@@ -207,9 +242,10 @@ def _open_shards(path: Path, directory: Path, files: dict[str, list[str] | None]
         problems.append(Problem("index", str(path), "mixes safetensors and .bin shards"))
     if not problems and not tensors:
         problems.append(Problem("not_found", str(path), "has no tensors in it"))
-    if problems:
-        raise CheckpointError(problems)
-    return Checkpoint(path, directory, containers.pop(), tuple(opened), tensors, config, notes)
+    if not tensors:
+        return None, problems
+    container = containers.pop() if len(containers) == 1 else "mixed"
+    return Checkpoint(path, directory, container, tuple(opened), tensors, config, notes), problems
 
 
 def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, TensorRef]) -> list[Problem]:
@@ -233,8 +269,8 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
     if file_size(path) is None:
         return None
     try:
-        config = json.loads(read_file(path, JSON_CAP))
-    except (ValueError, RecursionError) as error:
+        config = load_strict(read_file(path, JSON_CAP))
+    except ValueError as error:
         raise CheckpointError(Problem("damaged", str(path), f"is not JSON ({error})")) from error
     if not isinstance(config, dict):
         raise CheckpointError(Problem("damaged", str(path), "is not a JSON object"))
@@ -270,12 +306,12 @@ def _not_weights(head: bytes, size: int) -> tuple[str, str] | None:
         )
     if head.startswith(b"version https://git-lfs"):
         return "not_weights", "is a git-lfs pointer, not the weights; run 'git lfs pull' or download the file itself"
-    if start.startswith((b"<!doctype", b"<html", b'{"error')):
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b'{"error')):
         return "not_weights", f"is a web page or an error message, not weights; {_AGAIN}"
     if head.startswith((b"GGUF", b"ggml", b"lmgg", b"tjgg")):
         return "unsupported", "is a llama.cpp file (GGUF or GGML); the delta needs the original weights"
     if not head.strip(b"\0"):
         return "not_weights", f"begins with zeros: a download that was never finished; {_AGAIN}"
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x80") and head[8:9] != b"{":
         return "unsupported", "is a bare pickle, not a PyTorch zip checkpoint; it is not read here"
     return None

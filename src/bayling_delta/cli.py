@@ -1,6 +1,7 @@
 """The command line: options in, one core function called, its result shown. The only module that prints."""
 
 import gc
+import io
 import os
 import re
 import signal
@@ -362,6 +363,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     command = next((word for word in words if word in commands.commands), "bayling-delta")
     as_json = "--json" in words
     _raise_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
     gc.set_threshold(200_000, 50, 1000)  # headers become many small objects, none of them in cycles
     try:
         commands.main(words, prog_name="bayling-delta", standalone_mode=False)

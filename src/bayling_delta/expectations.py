@@ -1,6 +1,5 @@
 """Records of what a model should be, and what of it is not so: manifests, SHA256SUMS, digests."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from bayling_delta.checkpoint import JSON_CAP, is_plain_name, stays_in_directory
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, sums_text, weights_digest
 from bayling_delta.sources import file_size, read_file
+from bayling_delta.strict_json import load_strict
 
 __all__ = [
     "Expectation",
@@ -53,7 +53,7 @@ def read_manifest(path: Path) -> Expectation:
     """
     data = read_file(path, JSON_CAP)
     try:
-        document = json.loads(data)
+        document = load_strict(data)
         schema = document["schema"]
         if schema != "bayling-delta/manifest/1":
             raise CheckpointError(Problem("record", str(path), f"has the schema {str(schema)[:80]!r}, not manifest/1"))
@@ -62,7 +62,7 @@ def read_manifest(path: Path) -> Expectation:
         files = {_name(entry["name"]): ExpectedFile(*_file(entry)) for entry in result["files"]}
         recorded = parse_digest(result["weights_digest"])
         dtype = document["options"]["dtype"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             Problem("record", str(path), f"is not a manifest of bayling-delta ({error!r})")
         ) from error

@@ -4,9 +4,8 @@ A tile is a range of the tensor in row-major order, all that fits the memory giv
 run by run in the order in which they lie, and taken out in the order in which they are wanted.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,10 @@ __all__ = ["Tile", "tiles"]
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Elements are moved, not interpreted: what counts is their size."""
+_CLOSE = 1024
+"""Bytes from one run to the next up to which reading what is between them is cheaper than a call for each."""
+_SCRATCH = 1 << 18
+"""Bytes that are read at once of runs that lie close together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,22 @@ def _boxes(shape: tuple[int, ...], elements: int) -> Iterator[tuple[int, tuple[t
     cut = axis - 1
     step = elements // inner
     place = 0
-    for outer in itertools.product(*(range(size) for size in shape[:cut])):
+    for outer in _indices(shape[:cut]):
         before = tuple((index, index + 1) for index in outer)
         for low in range(0, shape[cut], step):
             high = min(low + step, shape[cut])
             yield place, (*before, (low, high), *whole)
             place += (high - low) * inner
+
+
+def _indices(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every index of these sizes in row-major order, one at a time: there may be very many."""
+    for number in range(math.prod(sizes)):
+        index: list[int] = []
+        for size in reversed(sizes):
+            number, place = divmod(number, size)
+            index.append(place)
+        yield tuple(reversed(index))
 
 
 def _load(
@@ -99,16 +112,43 @@ def _load(
     while axis and (read[order[axis - 1]] == 1 or strides[order[axis - 1]] == run):
         axis -= 1
         run *= read[order[axis]]
-    target = memory.data.cast("B")
+    # Runs that lie close together are read with what is between them.
+    count, spacing = 1, run
+    if axis and strides[order[axis - 1]] > run and strides[order[axis - 1]] * item_bytes <= _CLOSE:
+        axis -= 1
+        count, spacing = read[order[axis]], strides[order[axis]]
     place = 0
-    for index in itertools.product(*(range(read[which]) for which in order[:axis])):
+    for index in _indices([read[which] for which in order[:axis]]):
         skip = sum(one * strides[which] for one, which in zip(index, order[:axis], strict=True))
-        if source.read_into(target[place : place + run * item_bytes], offset + skip * item_bytes) < run * item_bytes:
-            raise CheckpointError(Problem("incomplete", str(source.path), "ends before its tensors do"))
-        place += run * item_bytes
+        _read_runs(source, offset + skip * item_bytes, memory[place : place + count * run].reshape(count, run), spacing)
+        place += count * run
     stored = memory[: math.prod(read)].reshape([read[which] for which in order])
     back = [order.index(which) for which in range(len(order))]
     return np.broadcast_to(stored.transpose(back), sizes)
+
+
+def _read_runs(source: Source, offset: int, target: npt.NDArray[Any], spacing: int) -> None:
+    """Fill rows of ``target`` with runs of elements that begin ``spacing`` elements apart."""
+    item_bytes = target.itemsize
+    count, run = target.shape
+    if count == 1 or spacing == run:
+        _read_exactly(source, target.reshape(-1), offset)
+        return
+    scratch = np.empty(_SCRATCH // item_bytes, target.dtype)
+    together = scratch.size // spacing
+    for first in range(0, count, together):
+        rows = target[first : first + together]
+        here = scratch[: (len(rows) - 1) * spacing + run]
+        _read_exactly(source, here, offset + first * spacing * item_bytes)
+        rows[...] = np.lib.stride_tricks.as_strided(
+            here, rows.shape, (spacing * item_bytes, item_bytes), writeable=False
+        )
+
+
+def _read_exactly(source: Source, target: npt.NDArray[Any], offset: int) -> None:
+    view = target.data.cast("B")
+    if source.read_into(view, offset) < len(view):
+        raise CheckpointError(Problem("incomplete", str(source.path), "ends before its tensors do"))
 
 
 def _copy_range(target: npt.NDArray[Any], values: npt.NDArray[Any], start: int) -> None:

@@ -134,4 +134,5 @@ def to_json(document: Mapping[str, Any]) -> str:
     """A document as it is written and printed."""
     text = io.StringIO()
     json.dump(document, text, indent=2, ensure_ascii=False)  # in parts: dumps would hold them all at once
-    return text.getvalue() + "\n"
+    # A lone surrogate, from a file name that is not UTF-8, has no encoding, but JSON has an escape for it.
+    return text.getvalue().encode("utf-8", "backslashreplace").decode() + "\n"

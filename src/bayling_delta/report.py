@@ -1,7 +1,9 @@
 """Results as text for people. What is said here was found out elsewhere; nothing is printed here."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Final
 
 from bayling_delta.errors import BaylingDeltaError, Problem
@@ -11,6 +13,7 @@ __all__ = [
     "applied_text",
     "failure_document",
     "failure_text",
+    "inspected_text",
     "plan_text",
     "readable",
     "recorded_text",
@@ -21,6 +24,8 @@ __all__ = [
 ]
 
 _MOST_PROBLEMS: Final = 20
+_MOST_FILES: Final = 12
+_MOST_KINDS: Final = 40
 
 
 def size_text(count: int) -> str:
@@ -34,21 +39,20 @@ def size_text(count: int) -> str:
 def readable(text: str) -> str:
     """The text with everything escaped that a terminal would obey; names in files are their authors' choice."""
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
 
 
 def failure_text(error: BaylingDeltaError) -> str:
     """One line a problem, the place first; long lists are cut."""
-    problems = error.problems
-    if len(problems) == 1:
-        return readable(f"error: {problems[0]}")
-    lines = [f"error: {len(problems)} problems"]
-    lines += [f"  {problem}" for problem in problems[:_MOST_PROBLEMS]]
-    if len(problems) > _MOST_PROBLEMS:
-        lines.append(f"  … and {len(problems) - _MOST_PROBLEMS} more; --json lists all of them")
-    return readable("\n".join(lines))
+    problems = [readable(str(problem)) for problem in error.problems[:_MOST_PROBLEMS]]
+    if len(error.problems) == 1:
+        return f"error: {problems[0]}"
+    lines = [f"error: {len(error.problems)} problems", *(f"  {problem}" for problem in problems)]
+    if len(error.problems) > _MOST_PROBLEMS:
+        lines.append(f"  … and {len(error.problems) - _MOST_PROBLEMS} more; --json lists all of them")
+    return "\n".join(lines)
 
 
 def failure_document(command: str, error: BaylingDeltaError) -> dict[str, Any]:
@@ -133,6 +137,102 @@ def plan_text(document: dict[str, Any], out: Path) -> str:
     return _table(rows) + "\nNothing was written. Run again without --dry-run to write the model."
 
 
+def inspected_text(document: dict[str, Any], path: Path) -> str:
+    """What ``inspect`` says, for 100 columns."""
+    files, stored = document["files"], sum(file["size"] for file in document["files"])
+    listed = [(file["name"], _count(file["tensors"], "tensor"), size_text(file["size"])) for file in files]
+    dtypes = [
+        (
+            entry["dtype"],
+            _count(entry["tensors"], "tensor"),
+            f"{entry['parameters']:,} parameters",
+            size_text(entry["bytes"]),
+        )
+        for entry in document["dtypes"]
+    ]
+    kinds = [("count", "dtype", "shape", "parameters", "name")]
+    kinds += [
+        (f"{kind['count']:,}", kind["dtype"], str(kind["shape"]), f"{kind['parameters']:,}", kind["name"])
+        for kind in document["kinds"]
+    ]
+    tied = "tied" if document["tied_embeddings"] else "not tied"
+    rotary = _count(document["rotary_buffers"], "rotary buffer")
+    inside = f"{path}{os.sep}"
+    odd = [
+        f"- {entry['where'].removeprefix(inside)}: {entry['message']} [{entry['kind']}]" for entry in document["odd"]
+    ]
+    blocks = [
+        ("path", [str(path)]),
+        ("looks like", [f"{document['looks_like']} (from signs, which are no proof)"]),
+        ("", [f"- {reason}" for reason in document["reasons"]]),
+        ("architecture", _architecture_lines(document["architecture"])),
+        ("container", [f"{document['container']}, {_count(len(files), 'file')}, {size_text(stored)}"]),
+        ("", _first(_columns(listed, "<>>"), _MOST_FILES)),
+        ("weights", [f"{document['parameters']:,} parameters in {_count(document['tensors'], 'tensor')}"]),
+        ("", [f"embeddings {tied}, {rotary}", *_columns(dtypes, "<>>>")]),
+        ("tensors", _first(_columns(kinds, "><<><"), _MOST_KINDS)),
+        ("tokenizer", [_tokenizer_line(document["tokenizer"])]),
+        ("odd", _first(odd, _MOST_PROBLEMS) or ["nothing was found"]),
+        ("read", [f"{size_text(document['sampled_bytes'])} of the weights"]),
+    ]
+    rows = [(name if not place else "", line) for name, lines in blocks for place, line in enumerate(lines)]
+    return _table([(name if not place else "", part) for name, line in rows for place, part in enumerate(_wrap(line))])
+
+
+_SIZE_WORDS: Final = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "KV heads",
+    "vocab_size": "vocabulary",
+}
+
+
+def _architecture_lines(architecture: dict[str, Any]) -> list[str]:
+    """The class, and the sizes as config.json and the shapes have them, one below the other."""
+    said, shown = architecture["config"], architecture["shapes"]
+    known = [size for size in _SIZE_WORDS if said[size] is not None and shown[size] is not None]
+    words = "agree" if all(said[size] == shown[size] for size in known) else "differ"
+    name = architecture["class"] or architecture["model_type"] or "not named"
+    table = [("", *_SIZE_WORDS.values())]
+    for source, sizes in (("config.json", said), ("the shapes", shown)):
+        table.append((source, *("?" if sizes[size] is None else f"{sizes[size]:,}" for size in _SIZE_WORDS)))
+    return [f"{name}; config.json and the shapes {words}" if known else name, *_columns(table, "<>>>>>>")]
+
+
+def _tokenizer_line(tokenizer: dict[str, Any]) -> str:
+    if not tokenizer["files"]:
+        return "none"
+    known = [tokenizer["class"]] if tokenizer["class"] else []
+    known += [f"{tokenizer['vocabulary']:,} tokens"] if tokenizer["vocabulary"] is not None else []
+    return "; ".join([*known, ", ".join(tokenizer["files"])])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Each row as a line, its cells aligned to the left (``<``) or right (``>``) of their columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _first(lines: Sequence[str], most: int) -> list[str]:
+    more = [f"… and {len(lines) - most:,} more; --json lists all of them"] if len(lines) > most else []
+    return [*lines[:most], *more]
+
+
+def _wrap(line: str) -> list[str]:
+    """The line in pieces that fit beside the names of `_table` in 100 columns; names and paths stay whole."""
+    indent = "  " if line.startswith("- ") else ""
+    return wrap(line, 86, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
+
+
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows) + 2
-    return readable("\n".join(f"{name:{width}}{value}".rstrip() for name, value in rows))
+    return "\n".join(readable(f"{name:{width}}{value}".rstrip()) for name, value in rows)

@@ -68,20 +68,26 @@ class Source:
 
     def _leave_direct(self) -> bool:
         """Some file systems take the flag and refuse the read: go on through the page cache."""
-        other = system.calls.open_read(self.path, direct=False)
-        system.calls.close(self.handle)
-        self.handle, self.direct = other, False
+        with _reported(self.path):
+            other = system.calls.open_read(self.path, direct=False)
+            same = _identity(system.calls.stat_handle(other)) == _identity(system.calls.stat_handle(self.handle))
+            system.calls.close(self.handle)
+            self.handle, self.direct = other, False
+        if not same:
+            raise CheckpointError(changed(self.path))
         return True
 
     def forget(self, offset: int) -> None:
         """Give the page cache's copy of what lies before ``offset`` back, now and then."""
         if not self.direct and offset - self._dropped >= _CACHED_BYTES:
-            system.calls.drop_cached(self.handle, self._dropped, offset - self._dropped)
+            with _reported(self.path):
+                system.calls.drop_cached(self.handle, self._dropped, offset - self._dropped)
             self._dropped = offset
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if the file's size or time is not what it was when it was opened."""
-        now = system.calls.stat_handle(self.handle)
+        with _reported(self.path):
+            now = system.calls.stat_handle(self.handle)
         if (now.st_size, now.st_mtime_ns) != self.stamp:
             raise CheckpointError(changed(self.path))
 
@@ -99,7 +105,7 @@ def open_source(path: Path, *, direct: bool = False) -> Iterator[Source]:
         CheckpointError: it is absent, not a regular file, or the system refuses.
     """
     direct = direct and system.calls.direct_io
-    try:
+    with _reported(path):
         try:
             handle = system.calls.open_read(path, direct=direct)
         except OSError as error:
@@ -107,11 +113,10 @@ def open_source(path: Path, *, direct: bool = False) -> Iterator[Source]:
                 raise
             direct = False
             handle = system.calls.open_read(path, direct=False)
-    except OSError as error:
-        raise _unreadable(path, error) from error
     source = Source(path, handle, direct, 0, 0)
     try:
-        status = system.calls.stat_handle(handle)
+        with _reported(path):
+            status = system.calls.stat_handle(handle)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(Problem("unreadable", str(path), "is not a regular file"))
         source.size, source.modified_ns = status.st_size, status.st_mtime_ns
@@ -158,8 +163,18 @@ def list_directory(path: Path) -> list[str]:
     Raises:
         CheckpointError: it is absent or cannot be listed.
     """
-    try:
+    with _reported(path):
         return sorted(system.calls.list_directory(path))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -4,7 +4,7 @@ A pickle is a program for a small stack machine. This one interprets the few ins
 dict needs and builds nothing but tables, tuples, numbers, strings and `TensorSpec`: a name of a function
 or class stays a name, and only those in `_STORAGES`, `_REBUILD` and ``collections.OrderedDict`` are known.
 Nothing is imported, nothing is called, nothing is given to Python's own pickle. Every instruction takes
-at least one byte and makes at most one object, so time and memory are bounded by the pickle's length.
+at least one byte and makes at most one object, tables and tuples are counted, and so time and memory are bounded.
 
 Sources: Lib/pickletools.py for the instructions; torch/_utils.py and torch/serialization.py for what
 PyTorch writes with them.
@@ -63,6 +63,10 @@ class _Mark:
 
 
 _MARK: Final = _Mark()
+_STACK_CAP: Final = 100_000
+"""Python's pickler fills tables a thousand items at a time; a real stack stays far below."""
+_MADE_CAP: Final = 10_000_000
+"""Some seven for each tensor."""
 _ORDERED_DICT = _Name("collections", "OrderedDict")
 _REBUILD = (_Name("torch._utils", "_rebuild_tensor_v2"), _Name("torch._utils", "_rebuild_parameter"))
 _STORAGES = {
@@ -84,7 +88,9 @@ _UNSUPPORTED_DTYPES = {
 }
 """Harmless names of tensors whose dtype is not read here."""
 
-_DESCRIPTIONS = {dict: "a table", list: "a list", tuple: "a tuple", str: "a string", int: "a number", bool: "a flag"}
+_DESCRIPTIONS = {dict: "a table", list: "a list", tuple: "a tuple", str: "a string", bool: "a flag"} | {
+    int: "a number", float: "a number", type(None): "nothing"
+}  # fmt: skip
 
 
 def read_state_dict(pickle: bytes) -> dict[str, TensorSpec]:
@@ -123,6 +129,7 @@ class _Machine:
         self.position = 0
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
+        self.made = 0
 
     def run(self) -> object:
         if self._take(2) != b"\x80\x02":
@@ -136,6 +143,8 @@ class _Machine:
             if instruction is None:
                 raise PickleError(f"instruction {_opcode_name(code)} at byte {at}: no state dict needs it", unsafe=True)
             instruction(self)
+            if len(self.stack) > _STACK_CAP:
+                raise PickleError("the pickle piles up more objects than a state dict needs")
         if len(self.stack) != 1 or self.position != len(self.pickle):
             raise PickleError("the pickle does not end with one object")
         return self._pop()
@@ -160,6 +169,13 @@ class _Machine:
         line = self._take(end - self.position)
         self.position += 1
         return _text(line)
+
+    def _make(self, made: object) -> None:
+        """Push a new table, list, tuple or tensor."""
+        self.made += 1
+        if self.made > _MADE_CAP:
+            raise PickleError("the pickle makes more objects than a state dict needs")
+        self.stack.append(made)
 
     def _pop(self) -> object:
         if not self.stack or self.stack[-1] is _MARK:
@@ -189,6 +205,9 @@ class _Machine:
 
     def int4(self) -> None:
         self.stack.append(self._number(_INT4))
+
+    def fraction(self) -> None:
+        self.stack.append(_FLOAT8.unpack(self._take(8))[0])
 
     def uint1(self) -> None:
         self.stack.append(self._number(_UINT1))
@@ -235,27 +254,27 @@ class _Machine:
         self.stack.append(_MARK)
 
     def empty_tuple(self) -> None:
-        self.stack.append(())
+        self._make(())
 
     def empty_list(self) -> None:
-        self.stack.append([])
+        self._make([])
 
     def empty_table(self) -> None:
-        self.stack.append({})
+        self._make({})
 
     def tuple_from_mark(self) -> None:
-        self.stack.append(tuple(self._pop_to_mark()))
+        self._make(tuple(self._pop_to_mark()))
 
     def tuple1(self) -> None:
-        self.stack.append((self._pop(),))
+        self._make((self._pop(),))
 
     def tuple2(self) -> None:
         second, first = self._pop(), self._pop()
-        self.stack.append((first, second))
+        self._make((first, second))
 
     def tuple3(self) -> None:
         third, second, first = self._pop(), self._pop(), self._pop()
-        self.stack.append((first, second, third))
+        self._make((first, second, third))
 
     def append(self) -> None:
         self._extend([self._pop()])
@@ -302,7 +321,7 @@ class _Machine:
     def storage(self) -> None:
         match self._pop():
             case ("storage", _Name() as kind, str(key), str(), int(elements)) if kind in _STORAGES:
-                self.stack.append(_Storage(_STORAGES[kind], key, elements))
+                self._make(_Storage(_STORAGES[kind], key, elements))
             case _:
                 raise PickleError("the pickle refers to a storage in a way that PyTorch does not", unsafe=True)
 
@@ -310,9 +329,19 @@ class _Machine:
         arguments, function = self._pop(), self._pop()
         match function, arguments:
             case _Name("collections", "OrderedDict"), ():
-                self.stack.append({})
-            case _Name(_, "_rebuild_tensor_v2"), (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_):
-                self.stack.append(TensorSpec(storage, offset, _sizes(shape), _sizes(strides)))
+                self._make({})
+            case _Name(_, "_rebuild_tensor_v2"), (
+                _Storage() as storage,
+                int(offset),
+                tuple(shape),
+                tuple(strides),
+                _,
+                _,
+            ):
+                self._make(TensorSpec(storage, offset, _sizes(shape), _sizes(strides)))
+            case _Name(_, "_rebuild_tensor_v2"), (_Storage(), int(), tuple(), tuple(), _, _, dict()):
+                # Metadata is written for tensors that are negated or conjugated by a flag alone.
+                raise PickleError("a tensor is negated by a flag; save it after resolve_neg()", unsupported=True)
             case _Name(_, "_rebuild_parameter"), (TensorSpec() as data, *_):
                 self.stack.append(data)
             case _:
@@ -335,6 +364,8 @@ def _text(data: bytes) -> str:
 
 
 def _sizes(values: tuple[object, ...]) -> tuple[int, ...]:
+    if len(values) > 64:
+        raise PickleError("the pickle has a tensor of more than 64 dimensions")
     sizes: list[int] = []
     for value in values:
         if type(value) is not int:
@@ -352,11 +383,13 @@ def _opcode_name(code: int) -> str:
 
 _UINT1, _UINT2, _UINT4, _INT4 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<i"))
 
+_FLOAT8 = struct.Struct(">d")
 _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("N"): _Machine.none,
     0x88: _Machine.true,
     0x89: _Machine.false,
     ord("J"): _Machine.int4,
+    ord("G"): _Machine.fraction,
     ord("K"): _Machine.uint1,
     ord("M"): _Machine.uint2,
     0x8A: _Machine.long1,

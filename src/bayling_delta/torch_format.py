@@ -5,6 +5,7 @@ several tensors may view one storage. Nothing in the file is executed: see `stat
 Source: torch/serialization.py, and files written by PyTorch 1.6 to 2.13.
 """
 
+import math
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,7 +19,10 @@ __all__ = ["parse"]
 
 _PICKLE_CAP = 100_000_000
 """Bytes; a model of 100,000 tensors needs some 25 million."""
-_RANK_CAP = 64
+_RANK_CAP = 32
+"""Dimensions; the limit of numpy 1, and far above any model's."""
+_EXPANDED_CAP = 64 << 20
+"""Bytes of a tensor that repeats its storage's elements; more would be a small file that takes forever."""
 
 
 def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
@@ -51,6 +55,12 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
     except PickleError as error:
         kind = "unsafe_pickle" if error.unsafe else "unsupported" if error.unsupported else "damaged"
         raise CheckpointError(Problem(kind, str(path), str(error))) from error
+    dtypes: dict[str, str] = {}
+    for name, spec in specs.items():
+        if dtypes.setdefault(spec.storage.key, spec.storage.dtype) != spec.storage.dtype:
+            raise _damaged(
+                path, f"{name} lies in storage {spec.storage.key!r}, which another tensor gives another dtype"
+            )
     refs = {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
     checked = any(record.crc32 for record in records.values())  # all 0 means: not computed
     return refs, tuple(sorted(records.values(), key=attrgetter("offset"))) if checked else ()
@@ -84,6 +94,10 @@ def _reference(path: Path, root: str, records: dict[str, Record], name: str, spe
         raise _damaged(path, f"{name} has {len(spec.shape)} dimensions and {len(spec.strides)} strides")
     if spec.offset < 0 or min(spec.shape + spec.strides, default=0) < 0:
         raise _damaged(path, f"{name} has a negative offset, size or stride")
+    if math.prod(max(1, size) for size in spec.shape) * item_bytes >= 1 << 63:
+        raise _damaged(path, f"{name} has more elements than can be counted")
+    if math.prod(spec.shape) * item_bytes > max(record.size, _EXPANDED_CAP):
+        raise _unsupported(path, f"{name} repeats a storage of {record.size:,} bytes; save it after contiguous()")
     if 0 not in spec.shape:
         last = spec.offset + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
         if last >= storage.elements:

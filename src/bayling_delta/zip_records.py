@@ -128,6 +128,10 @@ def _central_entry(path: Path, directory: bytes, position: int) -> tuple[int, Re
         size, packed, header_offset = _zip64(path, name, extra, (size, packed, header_offset))
     if flags & _ENCRYPTED:
         raise _damaged(path, f"record {name!r} is encrypted; PyTorch does not do that")
+    if method and "/code/" in name:
+        raise CheckpointError(
+            Problem("unsupported", str(path), "is a TorchScript archive, a program and not a state dict")
+        )
     if method or packed != size:
         raise _damaged(path, f"record {name!r} is compressed; PyTorch stores its records as they are")
     return header_offset, Record(name, 0, size, crc32), after

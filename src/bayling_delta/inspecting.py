@@ -1,0 +1,280 @@
+"""What is this? A checkpoint described from its headers, its small tensors and rows of some large ones.
+
+Whether it is a delta or a full model is read off signs. They are told with their figures, and prove nothing.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+
+from bayling_delta.checkpoint import EMBEDDING, JSON_CAP, Checkpoint, is_rotary_buffer, survey
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.oddities import Facts, Sizes, find_oddities
+from bayling_delta.sampling import Sample, is_norm, kind_of, take_samples
+from bayling_delta.sources import file_size, read_file
+from bayling_delta.tensors import FLOATS, TensorRef, natural_key
+
+__all__ = ["inspect_checkpoint"]
+
+_SIZES: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_TOKENIZER_TABLES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES: Final = ("tokenizer.model", *_TOKENIZER_TABLES, "vocab.json", "merges.txt", "chat_template.jinja")
+_NORMS_ADD_ONE: Final = ("gemma", "qwen3_next")
+"""Architectures whose norms multiply by 1 + weight: a full model's weights may lie around zero."""
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any]:
+    """Describe a directory, a weights file or a shard index: the document ``bayling-delta/inspect/1``.
+
+    What can be read is described, and what is wrong with the rest is listed as odd. At most 64 MiB of weights
+    are read, whatever the size of the model.
+
+    Raises:
+        CheckpointError: no tensor can be described; the message says what the path is instead.
+    """
+    checkpoint, problems = survey(path)
+    if checkpoint is None:
+        raise CheckpointError(problems)
+    complete = not problems and not re.search(r"-of-\d+\.", path.name)
+    tensors = checkpoint.tensors
+    tables = {name: _read_table(checkpoint.directory / name, problems) for name in _TOKENIZER_TABLES}
+    tokenizer = _tokenizer(checkpoint.directory, tables)
+    dtypes, kinds, architecture = _dtypes(tensors), _kinds(tensors), _architecture(checkpoint)
+    small, rows = take_samples(tensors)
+    norms = _norm_figures([sample for sample in small if is_norm(sample.name, tensors[sample.name])])
+    magnitudes = _row_figures(rows)
+    facts = Facts(
+        checkpoint,
+        problems,
+        complete,
+        dtypes[0]["dtype"],
+        architecture["model_type"],
+        architecture["config"],
+        architecture["shapes"],
+        tokenizer["vocabulary"],
+        tables,
+        small,
+        rows,
+    )
+    return {
+        "schema": "bayling-delta/inspect/1",
+        "ok": True,
+        **_verdict(norms, magnitudes, architecture["model_type"] or ""),
+        "signs": {"norms": norms, "rows": magnitudes},
+        "container": checkpoint.container,
+        "files": _files(checkpoint),
+        "tensors": len(tensors),
+        "parameters": sum(ref.elements for ref in checkpoint.weights.values()),
+        "dtypes": dtypes,
+        "architecture": architecture,
+        "tied_embeddings": checkpoint.tied,
+        "rotary_buffers": sum(map(is_rotary_buffer, tensors)),
+        "kinds": kinds,
+        "tokenizer": tokenizer,
+        "sampled_bytes": sum(sample.bits.nbytes for sample in (*small, *rows)),
+        "odd": find_oddities(facts),
+    }
+
+
+# what the headers say
+
+
+def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    tensors = Counter(ref.file for ref in checkpoint.tensors.values())
+    return [{"name": file.path.name, "size": file.size, "tensors": tensors[file.path]} for file in checkpoint.files]
+
+
+def _dtypes(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
+    """How much there is of each dtype, that of most bytes first."""
+    table: dict[str, dict[str, Any]] = {}
+    for ref in tensors.values():
+        entry = table.setdefault(ref.dtype, {"dtype": ref.dtype, "tensors": 0, "parameters": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += ref.elements
+        entry["bytes"] += ref.nbytes
+    return sorted(table.values(), key=lambda entry: (-entry["bytes"], entry["dtype"]))
+
+
+def _kinds(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
+    """Tensors that differ in nothing but the numbers in their names, counted."""
+    counts = Counter((kind_of(name), ref.dtype, ref.shape) for name, ref in tensors.items())
+    return [
+        {"name": name, "count": count, "dtype": dtype, "shape": list(shape), "parameters": count * math.prod(shape)}
+        for (name, dtype, shape), count in sorted(counts.items(), key=lambda item: (natural_key(item[0][0]), item[0]))
+    ]
+
+
+# the architecture
+
+
+def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Class and sizes, as config.json has them and as the shapes show them; None where either does not tell."""
+    config = checkpoint.config or {}
+    classes = config.get("architectures")
+    return {
+        "class": _text(classes[0]) if isinstance(classes, list) and classes else None,
+        "model_type": _text(config.get("model_type")),
+        "config": _sizes_by_config(config),
+        "shapes": _sizes_by_shapes(checkpoint.tensors, config),
+    }
+
+
+def _sizes_by_config(config: Mapping[str, Any]) -> Sizes:
+    sizes = {size: _number(config.get(size)) for size in _SIZES}
+    if "num_key_value_heads" not in config:  # as in every configuration of LLaMA-1
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    return sizes
+
+
+def _sizes_by_shapes(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Sizes:
+    """The sizes of a model with LLaMA's names.
+
+    Heads can be counted only where their dimension is known: from a rotary buffer, or from config.json.
+    """
+    shapes = {kind_of(name): ref.shape for name, ref in tensors.items() if ref.dtype in FLOATS}
+    layers = {found[1] for name in tensors if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+
+    def size(name: str, axis: int = 0, rank: int = 2) -> int | None:
+        shape = shapes.get(name, ())
+        return shape[axis] if len(shape) == rank else None
+
+    layer = "model.layers.*."
+    queries, keys = size(f"{layer}self_attn.q_proj.weight"), size(f"{layer}self_attn.k_proj.weight")
+    hidden = size(EMBEDDING, 1) or size(f"{layer}self_attn.q_proj.weight", 1)
+    head = 2 * (size(f"{layer}self_attn.rotary_emb.inv_freq", rank=1) or 0) or _number(config.get("head_dim"))
+    if not head and hidden and (heads := _number(config.get("num_attention_heads"))):
+        head = hidden // heads
+    return {
+        "num_hidden_layers": len(layers) or None,
+        "hidden_size": hidden,
+        "intermediate_size": size(f"{layer}mlp.gate_proj.weight"),
+        "num_attention_heads": queries // head if queries and head else None,
+        "num_key_value_heads": keys // head if keys and head else None,
+        "vocab_size": size(EMBEDDING),
+    }
+
+
+def _number(value: object) -> int | None:
+    return value if type(value) is int else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+# the tokenizer
+
+
+def _read_table(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no file, or where it is not one, which is a problem."""
+    if file_size(path) is None:
+        return {}
+    try:
+        table = json.loads(read_file(path, JSON_CAP))
+    except CheckpointError as error:
+        problems += error.problems
+        return {}
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        problems.append(Problem("damaged", str(path), "is not a JSON object"))
+        return {}
+    return table
+
+
+def _tokenizer(directory: Path, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "files": [name for name in _TOKENIZER_FILES if file_size(directory / name) is not None],
+        "class": _text(tables["tokenizer_config.json"].get("tokenizer_class")),
+        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"]),
+    }
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], added: Mapping[str, Any]) -> int | None:
+    """How many tokens there are, where a JSON file says it; tokenizer.model is not read."""
+    model, extra = tokenizer.get("model"), tokenizer.get("added_tokens")
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, dict | list):  # a Unigram model has a list of [piece, score]
+        tokens = {str(piece[0]) if isinstance(piece, list) and piece else str(piece) for piece in pieces}
+        if isinstance(extra, list):
+            tokens.update(str(token.get("content")) for token in extra if isinstance(token, dict))
+        return len(tokens)
+    numbers = [number for number in added.values() if type(number) is int]
+    return max(numbers) + 1 if numbers else None
+
+
+# delta or full model
+
+
+def _norm_figures(norms: Sequence[Sample]) -> dict[str, Any] | None:
+    values = np.concatenate([np.empty(0), *(sample.finite for sample in norms)])
+    if not values.size:
+        return None
+    return {
+        "tensors": len(norms),
+        "elements": values.size,
+        "positive": float(np.mean(values > 0)),
+        "mean": float(values.mean()),
+        "standard_deviation": float(values.std()),
+    }
+
+
+def _row_figures(rows: Sequence[Sample]) -> dict[str, Any] | None:
+    """The typical magnitude: of each tensor's sampled elements the root mean square, of these the median."""
+    squares = [float(np.sqrt(np.mean(sample.finite**2))) for sample in rows if sample.finite.size]
+    if not squares:
+        return None
+    return {
+        "tensors": len(rows),
+        "elements": sum(sample.bits.size for sample in rows),
+        "magnitude": median(squares),
+    }
+
+
+def _verdict(norms: Mapping[str, Any] | None, rows: Mapping[str, Any] | None, model_type: str) -> dict[str, Any]:
+    """What the norms show, which decides, and how large the weights are, which does not."""
+    looks_like, reasons = "unknown", []
+    if norms is None:
+        reasons.append("what can be read has no RMS-norm weights, which are what tells")
+    elif model_type.startswith(_NORMS_ADD_ONE):
+        reasons.append(f"RMS-norm weights, which are what tells, may lie around zero in any model of type {model_type}")
+    else:
+        looks_like, meaning = _norm_sign(norms, others_zero=rows is None or not rows["magnitude"])
+        reasons.append(
+            f"RMS-norm weights: {norms['positive']:.1%} of {norms['elements']:,} elements are positive, mean "
+            f"{norms['mean']:.3g}, standard deviation {norms['standard_deviation']:.3g}; {meaning}"
+        )
+    if rows is not None:
+        reasons.append(
+            f"rows of {rows['tensors']} large tensors: typical magnitude {rows['magnitude']:.2g} "
+            "(a full LLaMA has 0.01 to 0.05, deltas to it far less)"
+        )
+    return {"looks_like": looks_like, "reasons": reasons}
+
+
+def _norm_sign(norms: Mapping[str, Any], *, others_zero: bool) -> tuple[str, str]:
+    """What the norm weights look like, and what they are held against."""
+    positive, mean, deviation = norms["positive"], norms["mean"], norms["standard_deviation"]
+    if not mean and not deviation:
+        if others_zero:
+            return "unknown", "all are zero, and so is all else that was read"
+        return "delta", "all are zero, and other weights are not: the norms were not trained"
+    if positive >= 0.9 and mean >= 0.05:
+        return "full model", "a full model's are clearly positive, a delta's lie around zero"
+    if math.hypot(mean, deviation) <= 0.02 or (positive <= 0.75 and abs(mean) <= deviation):
+        return "delta", "a delta's lie around zero, a full model's are clearly positive"
+    return "unknown", "a full model's are clearly positive, a delta's lie around zero; these are neither"
