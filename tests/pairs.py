@@ -33,7 +33,11 @@ CONFIG: dict[str, Any] = {
 
 
 def llama(seed: int, scale: float = 0.05, dtype: torch.dtype = torch.float16, *, rotary: bool = True) -> StateDict:
-    """A state dict of CONFIG's shapes, in the order in which transformers 4.28 saved them."""
+    """A state dict of CONFIG's shapes, in the order in which transformers 4.28 saved them.
+
+    A scale of a full model, 0.05, gives norm weights around 1; a delta's smaller scale gives some around 0.
+    """
+    centre = 1.0 if scale >= 0.05 else 0.0
     random = torch.Generator().manual_seed(seed)
     hidden, inner, words = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
 
@@ -50,9 +54,9 @@ def llama(seed: int, scale: float = 0.05, dtype: torch.dtype = torch.float16, *,
         state[f"{prefix}mlp.gate_proj.weight"] = normal(inner, hidden)
         state[f"{prefix}mlp.down_proj.weight"] = normal(hidden, inner)
         state[f"{prefix}mlp.up_proj.weight"] = normal(inner, hidden)
-        state[f"{prefix}input_layernorm.weight"] = normal(hidden)
-        state[f"{prefix}post_attention_layernorm.weight"] = normal(hidden)
-    state["model.norm.weight"] = normal(hidden)
+        state[f"{prefix}input_layernorm.weight"] = normal(hidden) + centre
+        state[f"{prefix}post_attention_layernorm.weight"] = normal(hidden) + centre
+    state["model.norm.weight"] = normal(hidden) + centre
     state["lm_head.weight"] = normal(words, hidden)
     return state
 

@@ -227,7 +227,7 @@ def test_a_tied_head_is_left_out(tmp_path: Path, base_form: str, delta_form: str
 
 def test_a_head_that_is_said_to_be_tied_and_differs_is_refused(tmp_path: Path) -> None:
     config = CONFIG | {"tie_word_embeddings": True}
-    base, delta = save(tmp_path / "b", llama(1), config=config), save(tmp_path / "d", llama(2), config=config)
+    base, delta = save(tmp_path / "b", llama(1), config=config), save(tmp_path / "d", llama(2, 0.01), config=config)
     with pytest.raises(MismatchError, match=r"ties lm_head.* to .*, but they differ") as e:
         apply(base, delta, tmp_path / "out")
     assert [problem.kind for problem in e.value.problems] == ["tied", "tied"]
@@ -466,21 +466,91 @@ def test_another_digest_than_expected_leaves_nothing(tmp_path: Path, pair: Pair,
 
 
 def test_non_finite_sums_are_refused_unless_allowed(tmp_path: Path) -> None:
-    base = {"big": torch.full((5, 3), 60000.0).half(), "fine": torch.ones(4).half(), "nan": torch.zeros(9).half()}
-    delta = {name: tensor.clone() for name, tensor in base.items()}
-    delta["nan"][4] = float("nan")
-    left, right = save(tmp_path / "b", base), save(tmp_path / "d", delta)
-    with pytest.raises(MismatchError) as error:
+    """Two finite numbers whose sum is not; only the addition shows it."""
+    base = {"big": torch.full((5, 3), 60000.0).half(), "fine": torch.ones(4).half()}
+    left, right = save(tmp_path / "b", base), save(tmp_path / "d", base)
+    with pytest.raises(MismatchError, match=r"15 elements of the sum are infinite or NaN") as error:
         apply(left, right, tmp_path / "out")
-    assert [(problem.kind, problem.where) for problem in error.value.problems] == [
-        ("non_finite", "big"),
-        ("non_finite", "nan"),
-    ]
-    assert "15 elements" in str(error.value)
+    assert [(problem.kind, problem.where) for problem in error.value.problems] == [("non_finite", "big")]
     assert nothing_left(tmp_path / "out")
     manifest = apply(left, right, tmp_path / "out", allow=["non_finite"])
     assert manifest["options"]["allow"] == ["non_finite"]
+    assert_same(load(tmp_path / "out"), published_sum(base, base))
+
+
+def test_non_finite_inputs_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base = {"nan": torch.ones(9).half(), "fine": torch.ones(4).half()}
+    delta = {"nan": torch.tensor([1.0, float("nan"), float("inf")] * 3).half(), "fine": torch.ones(4).half()}
+    left, right = save(tmp_path / "b", base), save(tmp_path / "d", delta)
+    with system.using(ReadOnly()), pytest.raises(MismatchError, match="nan of the delta: 6 of the 9 elements"):
+        apply(left, right, tmp_path / "out")
+    apply(left, right, tmp_path / "out", allow=["non_finite"])
     assert_same(load(tmp_path / "out"), published_sum(base, delta))
+
+
+class ReadOnly(system.System):
+    """Fails a test that tries to change anything."""
+
+    def make_directory(self, path: Path) -> None:
+        raise AssertionError(f"{path} was about to be made")
+
+
+# what samples show
+
+
+def test_what_looks_wrong_is_refused_unless_allowed(tmp_path: Path, pair: Pair) -> None:
+    """Base and delta swapped, the delta for both, the base for both, the sum added twice."""
+    base, delta = pair
+    apply(base, delta, tmp_path / "sum")
+    cases = {
+        "swapped": (delta, base, ["looks_like_delta", "looks_like_model"]),
+        "two-deltas": (delta, delta, ["looks_like_delta"]),
+        "two-models": (base, base, ["looks_like_model"]),
+        "twice": (tmp_path / "sum", delta, ["already_rebuilt"]),
+    }
+    for name, (left, right, kinds) in cases.items():
+        with system.using(ReadOnly()), pytest.raises(MismatchError) as error:
+            apply(left, right, tmp_path / name)
+        assert [problem.kind for problem in error.value.problems] == kinds
+        assert all(problem.allow for problem in error.value.problems)
+        apply(left, right, tmp_path / name, allow=kinds)
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, pair: Pair) -> None:
+    vocabulary = {f"t{number}": number for number in range(161)}
+    (pair[1] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    with pytest.raises(MismatchError, match=r"its tokenizer knows 161 tokens.*has 160 rows") as error:
+        apply(*pair, tmp_path / "out")
+    assert error.value.problems[0].kind == "tokenizer"
+
+
+def test_a_sentencepiece_model_is_counted(tmp_path: Path, pair: Pair) -> None:
+    """Pieces as the library writes them; those of a file that is not one are not counted."""
+    import sentencepiece
+
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"word{number} and {number * 7919}" for number in range(400)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spm"), vocab_size=161, model_type="bpe", minloglevel=2
+    )
+    (pair[1] / "tokenizer.model").write_bytes((tmp_path / "spm.model").read_bytes())
+    with pytest.raises(MismatchError, match="its tokenizer knows 161 tokens"):
+        apply(*pair, tmp_path / "out")
+    (pair[1] / "tokenizer.model").write_bytes((tmp_path / "spm.model").read_bytes()[:-1])
+    apply(*pair, tmp_path / "out")
+
+
+def test_what_may_be_in_order_is_only_noted(tmp_path: Path, pair: Pair, states: tuple[StateDict, StateDict]) -> None:
+    """A base rounded through bfloat16, one of another generation, files that are not copied."""
+    rounded = {name: tensor.bfloat16().half() for name, tensor in states[0].items()}
+    base = save(tmp_path / "rounded", rounded, config=CONFIG | {"max_position_embeddings": 4096, "vocab_size": 32000})
+    (pair[1] / "training_args.bin").write_bytes(b"something")
+    notes: list[str] = []
+    apply(base, pair[1], tmp_path / "out", tell=notes.append)
+    told = "\n".join(notes)
+    for words in ("low 3 bits zero", "suggests Llama-2", "not copied: training_args.bin"):
+        assert words in told
+    assert not (tmp_path / "out" / "training_args.bin").exists()
 
 
 def test_a_memory_limit_below_the_least_is_refused_and_the_least_works(tmp_path: Path, pair: Pair) -> None:

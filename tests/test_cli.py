@@ -82,7 +82,7 @@ def failing(case: str, place: Path) -> None:
         (place / "base" / "pytorch_model-00001-of-00002.bin").unlink()
     elif case == "unlike":
         (place / "delta").rename(place / "old")
-        save(place / "delta", {name: tensor for name, tensor in llama(2).items() if name != "model.norm.weight"})
+        save(place / "delta", {name: tensor for name, tensor in llama(2, 0.01).items() if name != "model.norm.weight"})
     elif case == "occupied":
         (place / "out").mkdir()
 
@@ -139,7 +139,7 @@ def test_help_teaches() -> None:
 
 
 def test_names_from_files_cannot_command_the_terminal(tmp_path: Path, pair: tuple[str, ...]) -> None:
-    state = llama(2) | {"evil\x1b[2J\nname": llama(1)["model.norm.weight"]}
+    state = llama(2, 0.01) | {"evil\x1b[2J\nname": llama(1)["model.norm.weight"]}
     (tmp_path / "delta").rename(tmp_path / "old")
     save(tmp_path / "delta", state)
     done = bayling_delta("apply", *pair)

@@ -35,7 +35,7 @@ def test_the_same_bytes_as_the_cpu(device: str, dtypes: tuple[str, str, str]) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    base, delta = save(tmp_path / "b", llama(1)), save(tmp_path / "d", llama(2))
+    base, delta = save(tmp_path / "b", llama(1)), save(tmp_path / "d", llama(2, 0.01))
     with pytest.raises(UsageError, match=r"finds no CUDA device here; leave --device out"):
         apply(base, delta, tmp_path / "out", device="cuda")
     assert {path.name for path in tmp_path.iterdir()} == {"b", "d"}
@@ -43,7 +43,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_model_rebuilt_on_a_gpu_is_the_same_and_takes_little_of_it(tmp_path: Path) -> None:
-    base, delta = save(tmp_path / "b", llama(1)), save(tmp_path / "d", llama(2))
+    base, delta = save(tmp_path / "b", llama(1)), save(tmp_path / "d", llama(2, 0.01))
     on_cpu = apply(base, delta, tmp_path / "cpu")
     on_gpu = apply(base, delta, tmp_path / "gpu", device="cuda")
     assert on_cpu["result"]["weights_digest"] == on_gpu["result"]["weights_digest"]

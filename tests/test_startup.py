@@ -35,7 +35,7 @@ def test_help_imports_almost_nothing() -> None:
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry-run", "apply"])
 def test_apply_does_not_import_torch(tmp_path: Path, dry: bool) -> None:
-    base, delta = save(tmp_path / "base", llama(1)), save(tmp_path / "delta", llama(2))
+    base, delta = save(tmp_path / "base", llama(1)), save(tmp_path / "delta", llama(2, 0.01))
     words = ["apply", "--base", str(base), "--delta", str(delta), "--out", str(tmp_path / "out")]
     assert not modules_after(*words, *(["--dry-run"] if dry else [])) & HEAVY
     assert (tmp_path / "out").exists() != dry

@@ -211,7 +211,7 @@ def test_a_missing_model_against_a_record_is_a_mismatch_of_it(place: Path, tmp_p
 
 
 def test_base_and_delta_that_do_not_fit_are_told_so(place: Path, tmp_path: Path) -> None:
-    delta = save(tmp_path / "d", {name: tensor for name, tensor in llama(2).items() if "norm" not in name})
+    delta = save(tmp_path / "d", {name: tensor for name, tensor in llama(2, 0.01).items() if "norm" not in name})
     with pytest.raises(MismatchError, match="lacks model"):
         verify(place / "other-form", base=place / "base", delta=delta)
 

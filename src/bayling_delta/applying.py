@@ -1,8 +1,9 @@
 """Rebuild a model: open base and delta, plan their sum, run it, write down what came out."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from bayling_delta.model_card import model_card
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_plan
 from bayling_delta.reads import ReadList
 from bayling_delta.sinks import DirectorySink
+from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
 __all__ = ["additions_on", "apply", "plan_apply", "plan_document"]
@@ -72,7 +74,9 @@ def plan_apply(
     ]
     if not readable:
         refuse(problems, allow)
-    return make_plan(
+    suspicions, notes = suspect(base_checkpoint, delta_checkpoint)
+    problems += suspicions
+    plan = make_plan(
         base_checkpoint,
         delta_checkpoint,
         dtype=dtype,
@@ -81,6 +85,7 @@ def plan_apply(
         also=problems,
         allowed=allow,
     )
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 @contextmanager
@@ -105,6 +110,7 @@ def apply(
     device: str = "cpu",
     expect: str | None = None,
     allow: Collection[str] = (),
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
@@ -112,7 +118,7 @@ def apply(
     The options are those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes
     out depends on none of the others: ``threads``, ``direct`` (past the page cache, where the system has that),
     ``device`` (``cpu``, ``cuda`` or ``cuda:N``). ``out`` appears when it is complete and synced; if anything
-    fails, it does not appear.
+    fails, it does not appear. ``tell`` is given what a user should know of the inputs, a sentence at a time.
 
     Raises:
         BaylingDeltaError: what `plan_apply` finds; an input that fails or changes while it is read; a result
@@ -123,6 +129,9 @@ def apply(
     plan = plan_apply(
         base, delta, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, allow=allow
     )
+    for note in plan.notes:
+        if tell is not None:
+            tell(note)
     additions = additions_on(device)
     with staged_directory(out) as directory:
         with closing(DirectorySink(directory, direct=direct)) as sink:

@@ -195,9 +195,8 @@ def apply(
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
     with _progress("apply", quiet) as progress:
-        manifest = applying.apply(
-            base, delta, out, **options, threads=threads, device=device, expect=expect, progress=progress
-        )
+        options |= {"threads": threads, "device": device, "expect": expect, "tell": _note(quiet), "progress": progress}
+        manifest = applying.apply(base, delta, out, **options)
     _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
 
 
@@ -313,6 +312,14 @@ def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) ->
         click.echo(report.to_json(document), nl=False)
     elif not quiet:
         click.echo(text)
+
+
+def _note(quiet: bool) -> Callable[[str], None]:
+    def note(text: str) -> None:
+        if not quiet:
+            click.echo(report.readable(f"note: {text}"), err=True)
+
+    return note
 
 
 @contextmanager

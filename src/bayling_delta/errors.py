@@ -128,8 +128,12 @@ KINDS: dict[str, Kind] = {
     "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),
     "shape": Kind(MismatchError, "base and delta disagree about a tensor's shape"),
     "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
+    "looks_like_delta": Kind(MismatchError, "the base looks like a delta", allow=True),
+    "looks_like_model": Kind(MismatchError, "the delta looks like a full model", allow=True),
+    "already_rebuilt": Kind(MismatchError, "the base is itself the sum of a base and a delta", allow=True),
+    "tokenizer": Kind(MismatchError, "the tokenizer has more tokens than the embedding has rows", allow=True),
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
-    "non_finite": Kind(MismatchError, "the result has infinite or NaN elements", allow=True),
+    "non_finite": Kind(MismatchError, "an input or the result has infinite or NaN elements", allow=True),
     # 5: a digest differs
     "crc": Kind(IntegrityError, "a record of a .bin file is damaged: its CRC-32 is wrong"),
     "no_record": Kind(NoRecordError, "there is nothing to compare with"),

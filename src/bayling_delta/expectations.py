@@ -43,6 +43,8 @@ class Expectation:
     files: dict[str, ExpectedFile] = field(default_factory=dict)
     dtype: str | None = None
     """What a result was cast to, where it was."""
+    operation: str | None = None
+    """What the manifest was written by."""
 
 
 def read_manifest(path: Path) -> Expectation:
@@ -69,7 +71,7 @@ def read_manifest(path: Path) -> Expectation:
     if weights_digest(tensors.values()) != recorded:
         message = f"contradicts itself: its tensors' digests do not add up to its weights digest {recorded}"
         raise CheckpointError(Problem("record", str(path), message))
-    return Expectation(str(path), recorded, tensors, files, dtype)
+    return Expectation(str(path), recorded, tensors, files, dtype, document["operation"])
 
 
 def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:

@@ -21,7 +21,7 @@ from bayling_delta.sampling import Sample, is_norm, kind_of, take_samples
 from bayling_delta.sources import file_size, read_file
 from bayling_delta.tensors import FLOATS, TensorRef, natural_key
 
-__all__ = ["inspect_checkpoint"]
+__all__ = ["describe", "inspect_checkpoint"]
 
 _SIZES: Final = (
     "num_hidden_layers",
@@ -33,6 +33,8 @@ _SIZES: Final = (
 )
 _TOKENIZER_TABLES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES: Final = ("tokenizer.model", *_TOKENIZER_TABLES, "vocab.json", "merges.txt", "chat_template.jinja")
+_PIECES_CAP: Final = 16 << 20
+"""Bytes of a tokenizer.model; LLaMA's has half a million."""
 _NORMS_ADD_ONE: Final = ("gemma", "qwen3_next")
 """Architectures whose norms multiply by 1 + weight: a full model's weights may lie around zero."""
 
@@ -49,7 +51,12 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint, problems = survey(path)
     if checkpoint is None:
         raise CheckpointError(problems)
-    complete = not problems and not re.search(r"-of-\d+\.", path.name)
+    return describe(checkpoint, problems)
+
+
+def describe(checkpoint: Checkpoint, problems: list[Problem]) -> dict[str, Any]:
+    """The same for a checkpoint that is open, and ``problems`` of what of it could not be opened."""
+    complete = not problems and not re.search(r"-of-\d+\.", checkpoint.path.name)
     tensors = checkpoint.tensors
     tables = {name: _read_table(checkpoint.directory / name, problems) for name in _TOKENIZER_TABLES}
     tokenizer = _tokenizer(checkpoint.directory, tables)
@@ -200,12 +207,13 @@ def _tokenizer(directory: Path, tables: Mapping[str, Mapping[str, Any]]) -> dict
     return {
         "files": [name for name in _TOKENIZER_FILES if file_size(directory / name) is not None],
         "class": _text(tables["tokenizer_config.json"].get("tokenizer_class")),
-        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"]),
+        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"])
+        or _pieces(directory / "tokenizer.model"),
     }
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], added: Mapping[str, Any]) -> int | None:
-    """How many tokens there are, where a JSON file says it; tokenizer.model is not read."""
+    """How many tokens there are, where a JSON file says it."""
     model, extra = tokenizer.get("model"), tokenizer.get("added_tokens")
     pieces = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(pieces, dict | list):  # a Unigram model has a list of [piece, score]
@@ -215,6 +223,35 @@ def _vocabulary(tokenizer: Mapping[str, Any], added: Mapping[str, Any]) -> int |
         return len(tokens)
     numbers = [number for number in added.values() if type(number) is int]
     return max(numbers) + 1 if numbers else None
+
+
+def _pieces(path: Path) -> int | None:
+    """How many pieces a SentencePiece model has; None where there is none, or where it is not one.
+
+    They are field 1 of the protobuf message ModelProto, once for each. Source: sentencepiece_model.proto.
+    """
+    if (file_size(path) or _PIECES_CAP + 1) > _PIECES_CAP:
+        return None
+    data = read_file(path, _PIECES_CAP)
+    count = position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        if tag & 7 != 2:  # all of its fields are messages, each with its length before it
+            return None
+        length, position = _varint(data, position)
+        count += tag >> 3 == 1
+        position += length
+    return count if count and position == len(data) else None
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A protobuf number, seven bits a byte, and where the next one begins; past the end, nonsense."""
+    value = 0
+    for place, byte in enumerate(data[position : position + 5]):
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, position + place + 1
+    return 7, len(data)
 
 
 # delta or full model

@@ -1,0 +1,65 @@
+"""What samples say against adding a base and a delta, before the long run.
+
+These are signs, not proofs: each refusal can be overruled with ``--allow KIND``, and what may be quite in order is
+only noted.
+"""
+
+from bayling_delta.checkpoint import Checkpoint, directory_of
+from bayling_delta.companions import foreign_files
+from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.expectations import read_manifest
+from bayling_delta.inspecting import describe
+from bayling_delta.manifest import MANIFEST_NAME
+from bayling_delta.sources import file_size
+
+__all__ = ["suspect"]
+
+_NOTED = ("bfloat16", "generation")
+"""Oddities of a base that make another model than the published one, and that a release may also want."""
+
+
+def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[str]]:
+    """What to refuse unless it is overruled, and what to tell of two checkpoints that are to be added.
+
+    Raises:
+        CheckpointError: the system cannot read a file.
+    """
+    base_look, delta_look = describe(base, []), describe(delta, [])
+    problems: list[Problem] = []
+    if base_look["looks_like"] == "delta":
+        message = f"looks like a delta, and a base is a whole model: {base_look['reasons'][0]}"
+        problems.append(Problem("looks_like_delta", str(base.path), message))
+    if delta_look["looks_like"] == "full model":
+        message = f"looks like a full model, to which nothing needs to be added: {delta_look['reasons'][0]}"
+        problems.append(Problem("looks_like_model", str(delta.path), message))
+    problems += _already_rebuilt(base)
+    for side, look in (("base", base_look), ("delta", delta_look)):
+        problems += [
+            Problem("non_finite", f"{odd['where']} of the {side}", odd["message"])
+            for odd in look["odd"]
+            if odd["kind"] == "non_finite"
+        ]
+    problems += [
+        Problem("tokenizer", str(delta.directory), f"its tokenizer {odd['message']}")
+        for odd in delta_look["odd"]
+        if (odd["kind"], odd["where"]) == ("vocabulary", "tokenizer")
+    ]
+    notes = [f"{odd['where']}: {odd['message']}" for odd in base_look["odd"] if odd["kind"] in _NOTED]
+    if foreign := foreign_files(delta):
+        notes.append(f"{delta.directory}: not understood, and not copied: {', '.join(foreign)}")
+    return problems, notes
+
+
+def _already_rebuilt(base: Checkpoint) -> list[Problem]:
+    """The finding that a base is itself a sum: adding the delta again gives nonsense."""
+    path = directory_of(base.path) / MANIFEST_NAME
+    if file_size(path) is None:
+        return []
+    try:
+        operation = read_manifest(path).operation
+    except CheckpointError as error:
+        return list(error.problems)
+    if operation != "apply":
+        return []
+    message = "is itself the result of 'bayling-delta apply'; give the original base, or the sum would be added twice"
+    return [Problem("already_rebuilt", str(base.path), message)]
