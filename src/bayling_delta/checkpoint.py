@@ -152,6 +152,10 @@ _LAYOUTS: Final = (
 def _no_weights(names: list[str]) -> str:
     if "params.json" in names or any(name.startswith("consolidated.") for name in names):
         return "is a folder in Meta's own format, which is not read yet; convert it to HuggingFace format first"
+    if {"blobs", "snapshots"} <= set(names):
+        return "is a repository in the Hub's cache; name one of the directories in its snapshots/"
+    if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
+        return "has llama.cpp files (GGUF or GGML) and no other weights; the delta needs the original ones"
     return "has no model*.safetensors and no pytorch_model*.bin; name the directory that holds the weights"
 
 

@@ -104,7 +104,7 @@ _ALLOWABLE: Final = click.Choice(sorted(kind for kind, meaning in KINDS.items() 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="bayling-delta")
 def commands() -> None:
-    r"""Rebuild a language model from a published weight delta, and prove that what came out is right.
+    """Rebuild a language model from a published weight delta, and prove that what came out is right.
 
     BayLing, and other models of 2023, were published as the difference between their weights and LLaMA's.
     To get the model, add that delta to the base you have:
@@ -116,7 +116,7 @@ def commands() -> None:
     Exit codes: 0 done; 1 a fault of this program; 2 wrong options; 3 a checkpoint cannot be read;
     4 base and delta do not belong together; 5 a digest does not match; 6 the output cannot be written;
     130, 143, 129 interrupted by SIGINT, SIGTERM, SIGHUP.
-    """
+    """  # noqa: D301  # click looks for the character
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
@@ -170,7 +170,7 @@ def apply(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Rebuild a model: add a delta to its base, as a HuggingFace directory.
+    """Rebuild a model: add a delta to its base, as a HuggingFace directory.
 
     BASE and DELTA are directories with weights in safetensors or PyTorch's .bin files, one such file, or a shard
     index. Everything that can be refused is refused before the first byte is written; the output appears under
@@ -180,7 +180,7 @@ def apply(
     Examples:
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b --dry-run
-    """
+    """  # noqa: D301  # click looks for the character
     from bayling_delta import applying
 
     started = time.monotonic()
@@ -225,7 +225,7 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Check a model against what is recorded of it.
+    """Check a model against what is recorded of it.
 
     Without options, MODEL is compared with the manifest and the SHA256SUMS beside its weights: every tensor and
     every file. Whatever is damaged, missing or extra is named. Exits 0 only if something was compared and matched.
@@ -236,7 +236,7 @@ def verify(
       bayling-delta verify bayling-7b --against sha256:9a22cb04…
       bayling-delta verify bayling-7b --against their-manifest.json
       bayling-delta verify bayling-7b --base llama-7b --delta bayling-7b-diff
-    """
+    """  # noqa: D301  # click looks for the character
     from bayling_delta import verifying
 
     if (base is None) != (delta is None):
@@ -264,7 +264,7 @@ def verify(
 @_working
 @_common
 def record(model: Path, output: Path | None, memory_limit: int, threads: int, as_json: bool, quiet: bool) -> None:
-    r"""Digest a checkpoint, and write down what it is.
+    """Digest a checkpoint, and write down what it is.
 
     The manifest has the digest of every tensor and file, and the weights digest, which is the same for everyone who
     has these weights, in whatever container and sharding. It goes to stdout, or to the file that -o names.
@@ -273,7 +273,7 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
     Examples:
       bayling-delta record llama-7b -o llama-7b.json
       bayling-delta record llama-7b/pytorch_model.bin.index.json
-    """
+    """  # noqa: D301  # click looks for the character
     from bayling_delta import recording
     from bayling_delta.files import write_file
 
@@ -288,7 +288,7 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
 @click.argument("path", type=_PATH)
 @_common
 def inspect(path: Path, as_json: bool, quiet: bool) -> None:
-    r"""Say what a checkpoint is: its tensors, its architecture, delta or full model, and what is odd about it.
+    """Say what a checkpoint is: its tensors, its architecture, delta or full model, and what is odd about it.
 
     PATH is a directory, one weights file or a shard index. Only headers, small tensors and rows of some large ones
     are read. What cannot be read is listed as odd, as long as something can.
@@ -297,7 +297,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
     Examples:
       bayling-delta inspect llama-7b
       bayling-delta inspect bayling-7b-diff --json
-    """
+    """  # noqa: D301  # click looks for the character
     from bayling_delta import inspecting
 
     document = inspecting.inspect_checkpoint(path)
