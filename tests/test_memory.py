@@ -37,7 +37,7 @@ def bound(limit: int, tensors: int) -> int:
 
 def apply_peak(place: Path, limit: int = 64 * MIB) -> int:
     inputs = ["--base", str(place / "base"), "--delta", str(place / "delta"), "--out", str(place / "out")]
-    return peak("apply", *inputs, "--memory-limit", str(limit), "--quiet")
+    return peak("apply", *inputs, "--memory-limit", str(limit), "--allow", "all_zero", "--quiet")
 
 
 def save_sparse(directory: Path, tensors: dict[str, tuple[int, ...]], shards: int = 1) -> None:

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from bayling_delta import companions, engine
 from bayling_delta.arithmetic import make_addition
-from bayling_delta.checkpoint import Checkpoint, open_checkpoint
+from bayling_delta.checkpoint import Checkpoint, directory_of, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Additions, Digests, Outcome, Progress
-from bayling_delta.errors import CheckpointError, Problem, refuse
-from bayling_delta.files import output_problems, staged_directory, write_file
+from bayling_delta.errors import BaylingDeltaError, Problem, refuse
+from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
 from bayling_delta.manifest import (
     MANIFEST_NAME,
     SUMS_NAME,
@@ -30,6 +30,7 @@ from bayling_delta.model_card import model_card
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_plan
 from bayling_delta.reads import ReadList
 from bayling_delta.sinks import DirectorySink
+from bayling_delta.sources import open_source
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
@@ -70,12 +71,14 @@ def plan_apply(
     problems += [
         Problem("output_place", str(out), f"lies inside the {side}; choose a place outside the inputs")
         for side, path in (("base", base), ("delta", delta))
-        if path.resolve() in out.resolve().parents
+        if is_inside(out, directory_of(path))
     ]
     if not readable:
         refuse(problems, allow)
     suspicions, notes = suspect(base_checkpoint, delta_checkpoint)
     problems += suspicions
+    with _collected(problems):
+        companions.collect(delta_checkpoint, dtype or "F16")
     plan = make_plan(
         base_checkpoint,
         delta_checkpoint,
@@ -90,10 +93,10 @@ def plan_apply(
 
 @contextmanager
 def _collected(problems: list[Problem]) -> Iterator[None]:
-    """Add to ``problems`` what the body cannot read, and go on."""
+    """Add to ``problems`` what the body refuses, and go on."""
     try:
         yield
-    except CheckpointError as error:
+    except BaylingDeltaError as error:
         problems += error.problems
 
 
@@ -133,12 +136,14 @@ def apply(
         if tell is not None:
             tell(note)
     additions = additions_on(device)
+    head = manifest_head(
+        "apply", plan.recipe, {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
+    )
     with staged_directory(out) as directory:
         with closing(DirectorySink(directory, direct=direct)) as sink:
             outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
         refuse(_result_problems(plan, outcome, out, wanted), allow)
-        options = {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
-        return _write_down(plan, outcome, directory, wanted, options)
+        return _write_down(plan, outcome, directory, wanted, head)
 
 
 def additions_on(device: str) -> Additions:
@@ -157,12 +162,7 @@ def additions_on(device: str) -> Additions:
 def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:
     """What only the finished sum can show."""
     problems = outcome.damage + [
-        Problem(
-            "non_finite",
-            name,
-            f"{count:,} elements of the sum are infinite or NaN; is this the right base? "
-            "--allow non_finite writes them as they are",
-        )
+        Problem("non_finite", name, f"{count:,} elements of the sum are infinite or NaN; is this the right base?")
         for name, count in outcome.non_finite.items()
     ]
     digest = weights_digest(_tensor_digests(plan, outcome))
@@ -179,18 +179,14 @@ def _tensor_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
 
 
 def _write_down(
-    plan: Plan,
-    outcome: Outcome,
-    directory: Path,
-    wanted: str | None,
-    options: dict[str, Any],
+    plan: Plan, outcome: Outcome, directory: Path, wanted: str | None, head: dict[str, Any]
 ) -> dict[str, Any]:
     """Write everything but the weights beside them, SHA256SUMS last, and return the manifest."""
     placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
     result = result_section(_tensor_digests(plan, outcome), placed)
     beside = companions.collect(plan.delta, result["dtype"])
     manifest: dict[str, Any] = {
-        **manifest_head("apply", plan.recipe, options),
+        **head,
         "inputs": {
             "base": _input_section(plan.base, outcome.base),
             "delta": _input_section(plan.delta, outcome.delta),
@@ -206,17 +202,24 @@ def _write_down(
             }
         ],
     }
-    small = {file.name: file.data for file in beside}
-    if len(plan.files) > 1:
-        small["model.safetensors.index.json"] = _index(plan, placed)
-    result["files"] = [file_entry(file.name, file.size, outcome.result.files[file.name]) for file in plan.files]
-    small["README.md"] = model_card(manifest).encode()
-    result["files"] += [small_file_entry(name, data) for name, data in small.items()]
-    small[MANIFEST_NAME] = to_json(manifest).encode()
-    listed = [*result["files"], small_file_entry(MANIFEST_NAME, small[MANIFEST_NAME])]
-    small[SUMS_NAME] = sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode()
-    for name, data in small.items():
+
+    def write(name: str, data: bytes) -> dict[str, Any]:
         write_file(directory / name, data)
+        return small_file_entry(name, data)
+
+    files = result["files"]
+    files += [file_entry(file.name, file.size, outcome.result.files[file.name]) for file in plan.files]
+    for companion in beside:
+        if companion.data is not None:
+            files.append(write(companion.name, companion.data))
+            continue
+        with open_source(companion.path) as source:
+            files.append(file_entry(companion.name, *copy_file(source, directory / companion.name)))
+    if len(plan.files) > 1:
+        files.append(write("model.safetensors.index.json", _index(plan, placed)))
+    files.append(write("README.md", model_card(manifest).encode()))
+    listed = [*files, write(MANIFEST_NAME, to_json(manifest).encode())]
+    write(SUMS_NAME, sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode())
     return manifest
 
 

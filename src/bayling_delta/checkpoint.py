@@ -5,13 +5,21 @@ and no weights are read.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta import safetensors_format, torch_format
-from bayling_delta.errors import CheckpointError, Problem
-from bayling_delta.sources import file_size, list_directory, open_source, read_bytes, read_file
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
+from bayling_delta.sources import (
+    exists,
+    file_size,
+    is_directory,
+    list_directory,
+    open_source,
+    read_bytes,
+    read_file,
+)
 from bayling_delta.strict_json import load_strict
 from bayling_delta.tensors import TensorRef
 from bayling_delta.zip_records import Record
@@ -26,14 +34,16 @@ __all__ = [
     "is_rotary_buffer",
     "loadable_files",
     "open_checkpoint",
+    "read_table",
     "stays_in_directory",
     "survey",
+    "what_instead",
 ]
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-JSON_CAP: Final = 100_000_000
-"""Bytes of an index or configuration file; far above any real one."""
+JSON_CAP: Final = 64 << 20
+"""Bytes of an index, configuration, tokenizer or manifest that are read; far above any real one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +107,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: with every problem found in it.
+        IntegrityError: where all that is wrong is a checksum.
     """
     checkpoint, problems = survey(path)
-    if checkpoint is None or problems:
-        raise CheckpointError(problems)
+    refuse(problems)
+    if checkpoint is None:
+        raise RuntimeError(f"{path} was not opened, and nothing is wrong with it")
     return checkpoint
 
 
@@ -122,6 +134,8 @@ def _find_files(path: Path) -> tuple[Path, _Files, tuple[str, ...], list[Problem
     if file_size(path) is not None:
         files, problems = _read_index(path) if path.suffix == ".json" else ({path.name: None}, [])
         return path.parent, files, (), problems
+    if not is_directory(path):
+        raise CheckpointError(_no_directory(path))
     names = list_directory(path)
     for container, single, index, pattern in _LAYOUTS:
         shards: _Files = dict.fromkeys(name for name in names if re.fullmatch(pattern, name))
@@ -149,6 +163,17 @@ _LAYOUTS: Final = (
 )
 
 
+def _no_directory(path: Path) -> Problem:
+    """What to say of a path that is neither a regular file nor a directory."""
+    if exists(path):
+        what = "is neither a regular file nor a directory that can be read; a link that leads nowhere?"
+        return Problem("unreadable", str(path), what)
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        hint = f"; ids of the Hub are not fetched yet: 'hf download {path} --local-dir NAME', then name that directory"
+    return Problem("not_found", str(path), f"cannot be read (No such file or directory){hint}")
+
+
 def _no_weights(names: list[str]) -> str:
     if "params.json" in names or any(name.startswith("consolidated.") for name in names):
         return "is a folder in Meta's own format, which is not read yet; convert it to HuggingFace format first"
@@ -162,18 +187,20 @@ def _no_weights(names: list[str]) -> str:
 def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
     """The files that an index names, in its order, each with the tensors it should hold; and what is wrong with it."""
     try:
-        index = load_strict(read_file(path, JSON_CAP))
-        weight_map = index["weight_map"]
-        items = list(weight_map.items())
+        weight_map = read_table(path).get("weight_map")
     except CheckpointError as error:
-        return {}, list(error.problems)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return {}, [Problem("index", str(path), f"is not a shard index with a weight_map ({error})")]
+        return {}, [replace(problem, kind="index") for problem in error.problems]
+    if not isinstance(weight_map, dict):
+        return {}, [Problem("index", str(path), "is not a shard index: it has no weight_map")]
     files: _Files = {}
     problems: list[Problem] = []
-    for tensor, name in items:
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or not stays_in_directory(name):
-            problems.append(Problem("unsafe_name", str(path), f"places {tensor!r} in {name!r}, outside its directory"))
+            problems.append(
+                Problem(
+                    "unsafe_name", str(path), f"places {tensor[:80]!r} in {str(name)[:80]!r}, outside its directory"
+                )
+            )
             continue
         tensors = files.setdefault(name, [])
         if tensors is not None:
@@ -200,7 +227,7 @@ def directory_of(path: Path) -> Path:
 
 def loadable_files(directory: Path) -> list[str]:
     """The names in a directory that a loader would take for weights or for their index."""
-    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in _LAYOUTS)
+    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in _LAYOUTS) + r"|adapter_model.*"
     return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
 
 
@@ -220,12 +247,12 @@ def _open_shards(
     for name, expected in files.items():
         shard = directory / name
         try:
-            if expected is not None and file_size(shard) is None:
+            if expected is not None and not exists(shard):
                 raise CheckpointError(
-                    Problem("incomplete", str(shard), f"is in {path} but not here; download the missing shard")
+                    Problem("incomplete", str(shard), "is in the index, but not here; download the missing shard")
                 )
             container, file, refs = _open_file(shard)
-        except CheckpointError as error:
+        except (CheckpointError, IntegrityError) as error:
             problems += error.problems
             continue
         containers.add(container)
@@ -233,7 +260,7 @@ def _open_shards(
         problems += _check_index(shard, expected, refs)
         for tensor, ref in refs.items():
             if not is_plain_name(tensor):
-                problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor!r}"))
+                problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor[:80]!r}"))
             if tensor in tensors:
                 problems.append(Problem("index", str(shard), f"{tensor} is also in {tensors[tensor].file.name}"))
             tensors[tensor] = ref
@@ -244,8 +271,8 @@ def _open_shards(
         problems += error.problems
     if len(containers) > 1:
         problems.append(Problem("index", str(path), "mixes safetensors and .bin shards"))
-    if not problems and not tensors:
-        problems.append(Problem("not_found", str(path), "has no tensors in it"))
+    if not problems and all(map(is_rotary_buffer, tensors)):
+        problems.append(Problem("not_found", str(path), "has no weights in it"))
     if not tensors:
         return None, problems
     container = containers.pop() if len(containers) == 1 else "mixed"
@@ -265,20 +292,36 @@ def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, Tensor
 
 def is_plain_name(name: str) -> bool:
     """Whether a tensor's name can stand in a header, a line of digests and on a terminal."""
-    return bool(name) and name.isprintable() and name != "__metadata__"
+    return 0 < len(name) <= 1024 and name.isprintable() and name != "__metadata__"
 
 
 def _read_config(directory: Path) -> dict[str, Any] | None:
     path = directory / "config.json"
-    if file_size(path) is None:
+    if not exists(path):
         return None
-    try:
-        config = load_strict(read_file(path, JSON_CAP))
-    except ValueError as error:
-        raise CheckpointError(Problem("damaged", str(path), f"is not JSON ({error})")) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(Problem("damaged", str(path), "is not a JSON object"))
+    config = read_table(path)
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        message = f"says tie_word_embeddings {str(tied)[:80]!r}, which is neither true nor false; loaders differ on it"
+        raise CheckpointError(Problem("damaged", str(path), message))
     return config
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one table.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    data = read_file(path, JSON_CAP)
+    try:
+        table = load_strict(data)
+    except ValueError as error:
+        _, message = what_instead(data[:512], len(data)) or ("", f"is not JSON ({error})")
+        raise CheckpointError(Problem("damaged", str(path), message)) from error
+    if not isinstance(table, dict):
+        raise CheckpointError(Problem("damaged", str(path), "is not a JSON object"))
+    return table
 
 
 def _open_file(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
@@ -288,19 +331,31 @@ def _open_file(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
         if head.startswith(b"PK\x03\x04"):
             refs, records = torch_format.parse(source)
             return "torch", WeightFile(path, *source.stamp, records), refs
-        if reason := _not_weights(head, source.size):
+        if reason := what_instead(head, source.size) or _no_header(head):
             kind, message = reason
             raise CheckpointError(Problem(kind, str(path), message))
         return "safetensors", WeightFile(path, *source.stamp), safetensors_format.parse(source)
+
+
+def _no_header(head: bytes) -> tuple[str, str] | None:
+    """The finding that a file is plain text: a safetensors header has a brace after the eight bytes of its length."""
+    if (
+        head[8:9] != b"{"
+        and len(head) > 8
+        and head[:64].isascii()
+        and head[:64].decode().replace("\n", "").isprintable()
+    ):
+        return "not_weights", f"is text, not weights: it begins with {head[:40].decode()!r}; {_AGAIN}"
+    return None
 
 
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _AGAIN = "download it again"
 
 
-def _not_weights(head: bytes, size: int) -> tuple[str, str] | None:
-    """What a file is whose first bytes are of neither container: (kind of problem, message); None if unknown."""
-    start = head.lstrip()[:16].lower()
+def what_instead(head: bytes, size: int) -> tuple[str, str] | None:
+    """What a file is that is not what its name says, by its first bytes and size: (kind of problem, message)."""
+    start = re.sub(rb"\s", b"", head.removeprefix(b"\xef\xbb\xbf"))[:16].lower()
     if not size:
         return "incomplete", f"is empty; {_AGAIN}"
     if head.startswith(_LEGACY):
@@ -310,8 +365,13 @@ def _not_weights(head: bytes, size: int) -> tuple[str, str] | None:
         )
     if head.startswith(b"version https://git-lfs"):
         return "not_weights", "is a git-lfs pointer, not the weights; run 'git lfs pull' or download the file itself"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b'{"error')):
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<!--", b'{"error', b"entrynotfound", b"accesstomodel")):
         return "not_weights", f"is a web page or an error message, not weights; {_AGAIN}"
+    if (
+        head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"))
+        or head[257:262] == b"ustar"
+    ):
+        return "unsupported", "is an archive; unpack it first"
     if head.startswith((b"GGUF", b"ggml", b"lmgg", b"tjgg")):
         return "unsupported", "is a llama.cpp file (GGUF or GGML); the delta needs the original weights"
     if not head.strip(b"\0"):

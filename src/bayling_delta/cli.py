@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -241,6 +241,8 @@ def verify(
 
     if (base is None) != (delta is None):
         raise click.UsageError("--base and --delta go together")
+    if dtype is not None and base is None:
+        raise click.UsageError("--dtype is of the sum that --base and --delta make anew")
     with _progress("verify", quiet) as progress:
         document = verifying.verify(
             model,
@@ -275,12 +277,11 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
       bayling-delta record llama-7b/pytorch_model.bin.index.json
     """  # noqa: D301  # click looks for the character
     from bayling_delta import recording
-    from bayling_delta.files import write_file
 
+    if output == Path("-"):
+        output = None
     with _progress("record", quiet) as progress:
-        manifest = recording.record(model, memory_limit=memory_limit, threads=threads, progress=progress)
-    if output is not None:
-        write_file(output, report.to_json(manifest).encode())
+        manifest = recording.record(model, output=output, memory_limit=memory_limit, threads=threads, progress=progress)
     _show(manifest, report.recorded_text(manifest, output), as_json=as_json or output is None, quiet=quiet)
 
 
@@ -327,7 +328,7 @@ def _progress(command: str, quiet: bool) -> Iterator[Any]:
     """A bar on a terminal, a line now and then in a log, nothing where quiet is asked."""
     if quiet:
         yield None
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(unit="B", unit_scale=True, desc=command, dynamic_ncols=True, leave=False) as bar:
@@ -407,9 +408,10 @@ def _exit_code(error: BaylingDeltaError) -> int:
 
 
 def _fail(document: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        click.echo(report.to_json(document), nl=False)
-    click.echo(text, err=True)
+    with suppress(OSError):  # where not even the failure can be told, the exit code must do
+        if as_json:
+            click.echo(report.to_json(document), nl=False)
+        click.echo(text, err=True)
 
 
 def _raise_on_signals() -> None:

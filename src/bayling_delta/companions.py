@@ -2,11 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
-from bayling_delta.checkpoint import JSON_CAP, Checkpoint
-from bayling_delta.sources import file_size, list_directory, read_file
+from bayling_delta.checkpoint import Checkpoint, read_table, what_instead
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.manifest import to_json
+from bayling_delta.sources import exists, list_directory, open_source, read_bytes
 
 __all__ = ["COPIED", "Companion", "collect", "foreign_files"]
 
@@ -36,28 +39,44 @@ class Companion:
     """One file of the result that is not weights."""
 
     name: str
-    data: bytes
+    path: Path
+    """The delta's file."""
+    data: bytes | None = None
+    """What is written instead of that file's bytes; None where it is taken over as it is."""
     changes: tuple[str, ...] = ()
-    """What differs from the delta's file, in words; empty where it is that file, byte for byte."""
+    """What differs from the delta's file, in words."""
 
 
 def collect(delta: Checkpoint, dtype: str) -> list[Companion]:
-    """The delta's configuration and tokenizer, read into memory; config.json fitted to a result of ``dtype``.
+    """The delta's configuration and tokenizer; config.json fitted to a result of ``dtype``.
 
     Source: BayLing, apply_delta.py, which saves the delta's configuration and tokenizer with the sum.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: with everything that cannot be read, or is not what its name says.
     """
-    found = [name for name in COPIED if file_size(delta.directory / name) is not None]
-    companions: list[Companion] = []
-    for name in found:
-        data = read_file(delta.directory / name, JSON_CAP)
-        if name == "config.json" and delta.config is not None:
-            companions.append(_fit_config(delta.config, data, dtype))
-        else:
-            companions.append(Companion(name, data))
-    return companions
+    companions = [Companion(name, delta.directory / name) for name in COPIED if exists(delta.directory / name)]
+    problems: list[Problem] = []
+    for companion in companions:
+        try:
+            _check(companion.path)
+        except CheckpointError as error:
+            problems += error.problems
+    refuse(problems)
+    return [
+        _fit_config(companion, delta.config, dtype) if companion.name == "config.json" and delta.config else companion
+        for companion in companions
+    ]
+
+
+def _check(path: Path) -> None:
+    """Refuse what would keep a loader from reading the result: a download that failed, text that is not JSON."""
+    with open_source(path) as source:
+        found = what_instead(read_bytes(source, 0, 512), source.size)
+    if found:
+        raise CheckpointError(Problem("not_weights", str(path), found[1].replace("weights", "this file")))
+    if path.suffix == ".json":
+        read_table(path)
 
 
 def foreign_files(checkpoint: Checkpoint) -> list[str]:
@@ -70,7 +89,7 @@ def foreign_files(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _fit_config(config: dict[str, Any], data: bytes, dtype: str) -> Companion:
+def _fit_config(companion: Companion, config: dict[str, Any], dtype: str) -> Companion:
     """Change what would be wrong of the result: its dtype, and a path of the publisher's machine."""
     fitted = dict(config)
     changes: list[str] = []
@@ -83,5 +102,5 @@ def _fit_config(config: dict[str, Any], data: bytes, dtype: str) -> Companion:
         del fitted["_name_or_path"]
         changes.append("_name_or_path: left out, it was a path of the publisher's machine")
     if not changes:
-        return Companion("config.json", data)
-    return Companion("config.json", (json.dumps(fitted, indent=2, ensure_ascii=False) + "\n").encode(), tuple(changes))
+        return companion
+    return replace(companion, data=to_json(fitted).encode(), changes=tuple(changes))

@@ -22,6 +22,7 @@ from bayling_delta.errors import Problem
 from bayling_delta.plan import Budget, OutputFile, OutputTensor, Plan
 from bayling_delta.reads import ReadList
 from bayling_delta.tensors import DTYPES, TensorRef
+from bayling_delta.torch_format import record_damage
 from bayling_delta.windows import Digester, Reader, RecordChecker, Window, allocate
 
 __all__ = ["DEFAULT_THREADS", "Additions", "Difference", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
@@ -255,10 +256,8 @@ class _Input:
         return Digests(self._files.finish(), self._tensors.finish())
 
     def damage(self) -> list[Problem]:
-        return [
-            Problem("crc", str(file), f"record {record.name} is damaged: its CRC-32 is wrong; download the file again")
-            for file, record in self._records.damaged
-        ]
+        found = {(file, record.name) for file, record in self._records.damaged}
+        return [record_damage(file, name) for file, name in sorted(found)]
 
 
 def _digest_file(digester: Digester, window: Window) -> None:

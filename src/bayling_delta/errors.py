@@ -130,6 +130,7 @@ KINDS: dict[str, Kind] = {
     "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
     "looks_like_delta": Kind(MismatchError, "the base looks like a delta", allow=True),
     "looks_like_model": Kind(MismatchError, "the delta looks like a full model", allow=True),
+    "all_zero": Kind(MismatchError, "everything that was read of the base is zero", allow=True),
     "already_rebuilt": Kind(MismatchError, "the base is itself the sum of a base and a delta", allow=True),
     "tokenizer": Kind(MismatchError, "the tokenizer has more tokens than the embedding has rows", allow=True),
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),

@@ -1,16 +1,17 @@
 """Records of what a model should be, and what of it is not so: manifests, SHA256SUMS, digests."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bayling_delta.checkpoint import JSON_CAP, is_plain_name, stays_in_directory
+from bayling_delta.checkpoint import JSON_CAP, is_plain_name, read_table, stays_in_directory
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, sums_text, weights_digest
-from bayling_delta.sources import file_size, read_file
-from bayling_delta.strict_json import load_strict
+from bayling_delta.sources import exists, read_file
+from bayling_delta.tensors import DTYPES, FLOATS
 
 __all__ = [
     "Expectation",
@@ -53,32 +54,48 @@ def read_manifest(path: Path) -> Expectation:
     Raises:
         CheckpointError: it cannot be read, is of a newer major version, or contradicts itself.
     """
-    data = read_file(path, JSON_CAP)
+    document = read_table(path)
+    schema = document.get("schema")
+    if schema != "bayling-delta/manifest/1":
+        message = f"has the schema {str(schema)[:80]!r}, and is no manifest of this version"
+        raise CheckpointError(Problem("record", str(path), message))
     try:
-        document = load_strict(data)
-        schema = document["schema"]
-        if schema != "bayling-delta/manifest/1":
-            raise CheckpointError(Problem("record", str(path), f"has the schema {str(schema)[:80]!r}, not manifest/1"))
         result = document["result"]
         tensors = {name: _tensor(name, entry) for name, entry in result["tensors"].items()}
-        files = {_name(entry["name"]): ExpectedFile(*_file(entry)) for entry in result["files"]}
+        names = [_name(entry["name"]) for entry in result["files"]]
+        files = {entry["name"]: ExpectedFile(*_file(entry)) for entry in result["files"]}
         recorded = parse_digest(result["weights_digest"])
-        dtype = document["options"]["dtype"]
+        dtype, operation = document["options"]["dtype"], document["operation"]
+        wrong = [
+            (document["ok"] is not True, "it does not say that all went well"),
+            (weights_digest(tensors.values()) != recorded, "its tensors' digests do not add up to its weights digest"),
+            (len(files) != len(names), "it has a file twice"),
+            (dtype not in (None, *FLOATS), "it names a dtype that no result has"),
+            (
+                result["parameters"] != sum(math.prod(tensor.shape) for tensor in tensors.values()),
+                "its tensors' shapes do not add up to its parameters",
+            ),
+            (
+                not {entry["file"] for entry in result["tensors"].values()} <= files.keys(),
+                "it has tensors in files that it does not list",
+            ),
+        ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            Problem("record", str(path), f"is not a manifest of bayling-delta ({error!r})")
-        ) from error
-    if weights_digest(tensors.values()) != recorded:
-        message = f"contradicts itself: its tensors' digests do not add up to its weights digest {recorded}"
-        raise CheckpointError(Problem("record", str(path), message))
-    return Expectation(str(path), recorded, tensors, files, dtype, document["operation"])
+        raise CheckpointError(Problem("record", str(path), "is not a manifest of bayling-delta")) from error
+    for is_wrong, what in wrong:
+        if is_wrong:
+            raise CheckpointError(Problem("record", str(path), f"contradicts itself: {what}"))
+    return Expectation(str(path), recorded, tensors, files, dtype, operation)
 
 
 def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:
     shape = tuple(entry["shape"])
     if not is_plain_name(name) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"tensor {name!r}")
-    return TensorDigest(name, str(entry["dtype"]), shape, parse_digest(entry["sha256"]).removeprefix("sha256:"))
+    dtype = entry["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}")
+    return TensorDigest(name, dtype, shape, parse_digest(entry["sha256"]).removeprefix("sha256:"))
 
 
 def _file(entry: Mapping[str, Any]) -> tuple[str | None, int]:
@@ -113,7 +130,14 @@ def read_sums(path: Path) -> Expectation:
 def own_expectations(directory: Path) -> list[Expectation]:
     """What lies beside a model's weights of records of it."""
     readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums))
-    return [read(directory / name) for name, read in readers if file_size(directory / name) is not None]
+    return [_as_record(read, directory / name) for name, read in readers if exists(directory / name)]
+
+
+def _as_record(read: Callable[[Path], Expectation], path: Path) -> Expectation:
+    try:
+        return read(path)
+    except CheckpointError as error:  # whatever is wrong with it, it is the record that is
+        raise CheckpointError([replace(problem, kind="record") for problem in error.problems]) from error
 
 
 def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[Problem]:
@@ -124,7 +148,13 @@ def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[
     files = {name: file.sha256 or "" for name, file in expectations[1].files.items()}
     if read_file(path, JSON_CAP) == sums_text(files).encode("utf-8", "surrogateescape"):
         return []
-    return [Problem("model", str(path), "is not in the form in which it was written")]
+    return [
+        Problem(
+            "model",
+            str(path),
+            "is not, byte for byte, what was written, though it lists the same files; was it made again?",
+        )
+    ]
 
 
 # comparing

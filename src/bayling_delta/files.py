@@ -5,8 +5,10 @@ synced it is renamed to ``NAME``. Nothing that exists is ever replaced. An `OSEr
 """
 
 import errno
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -14,10 +16,22 @@ from pathlib import Path
 
 from bayling_delta import system
 from bayling_delta.errors import OutputError, Problem
+from bayling_delta.sources import Source, read_bytes
 from bayling_delta.system import ALIGNMENT
 
-__all__ = ["FileWriter", "output_problems", "partial_path", "staged_directory", "write_file"]
+__all__ = [
+    "FileWriter",
+    "copy_file",
+    "is_inside",
+    "new_file_problems",
+    "output_problems",
+    "partial_path",
+    "staged_directory",
+    "write_file",
+]
 
+_LONGEST_NAME = 255
+"""Bytes; what nearly all file systems allow."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,6 +42,10 @@ def partial_path(target: Path) -> Path:
 
 def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
     """What keeps a directory of this size from being made, as far as can be seen without trying."""
+    if target.name in ("", ".."):
+        return [Problem("output_exists", str(target), "exists, and nothing is replaced; choose a name for the output")]
+    if len(os.fsencode(partial_path(target).name)) > _LONGEST_NAME:
+        return [Problem("output_place", str(target)[:80] + "…", "is too long a name for a file system")]
     problems: list[Problem] = []
     if system.calls.exists(target):
         problems.append(
@@ -41,6 +59,8 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
     if system.calls.exists(partial):
         problems.append(Problem("output_exists", str(partial), _advice(partial)))
     try:
+        if not stat.S_ISDIR(system.calls.stat(target.parent).st_mode):
+            return [*problems, Problem("output_place", str(target.parent), "is not a directory")]
         free = system.calls.free_bytes(target.parent)
     except OSError as error:
         reason = error.strerror or "unknown"
@@ -51,6 +71,27 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
         message = f"has {free / 1e9:,.1f} GB free, the output needs {needed_bytes / 1e9:,.1f} GB"
         problems.append(Problem("disk_space", str(target.parent), message))
     return problems
+
+
+def new_file_problems(path: Path, not_inside: Path) -> list[Problem]:
+    """What keeps a small file from being made, as far as can be seen without trying."""
+    if system.calls.exists(path):
+        return [Problem("output_exists", str(path), "exists, and nothing is replaced; choose another name")]
+    if is_inside(path, not_inside):
+        return [
+            Problem("output_place", str(path), f"lies inside {not_inside}, which is only read; choose another place")
+        ]
+    try:
+        system.calls.free_bytes(path.parent)
+    except OSError as error:
+        message = f"cannot hold the file ({error.strerror}); make the directory first"
+        return [Problem("output_place", str(path.parent), message)]
+    return []
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Whether a path lies in a directory, at whatever depth, links followed."""
+    return system.calls.real_path(directory) in system.calls.real_path(path).parents
 
 
 def _advice(partial: Path) -> str:
@@ -135,6 +176,28 @@ def write_file(path: Path, data: bytes) -> None:
             system.calls.sync(handle)
         finally:
             system.calls.close(handle)
+
+
+def copy_file(source: Source, path: Path) -> tuple[int, str]:
+    """Create a file with the bytes of another, synced; return its size and SHA-256 in hex.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+        CheckpointError: the source cannot be read, or changes.
+    """
+    digest, done = hashlib.sha256(), 0
+    with _reported(path):
+        handle = system.calls.open_write(path, direct=False)
+        try:
+            while data := read_bytes(source, done, 1 << 20):
+                _write_all(handle, data, done)
+                digest.update(data)
+                done += len(data)
+            system.calls.sync(handle)
+        finally:
+            system.calls.close(handle)
+    source.check_unchanged()
+    return done, digest.hexdigest()
 
 
 class FileWriter:

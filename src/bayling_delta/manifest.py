@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from bayling_delta import __version__
+from bayling_delta.errors import Problem, UsageError
 
 __all__ = [
     "MANIFEST_NAME",
@@ -88,7 +89,14 @@ def manifest_head(operation: str, recipe: str | None, options: Mapping[str, Any]
 def _timestamp() -> str:
     """The time for the manifest, RFC 3339 in UTC; SOURCE_DATE_EPOCH sets it, for builds that must be repeatable."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdecimal() else datetime.now(timezone.utc)
+    if not epoch:
+        moment = datetime.now(timezone.utc)
+    else:
+        try:
+            moment = datetime.fromtimestamp(int(epoch), timezone.utc)
+        except (ValueError, OverflowError, OSError) as error:
+            message = f"is {epoch[:40]!r}, not a number of seconds since 1970"
+            raise UsageError(Problem("option", "SOURCE_DATE_EPOCH", message)) from error
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

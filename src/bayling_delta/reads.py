@@ -1,6 +1,6 @@
 """What is read of a checkpoint, in which order, and what is checked of it on the way."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -85,9 +85,11 @@ def read_in_order_of(checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorR
     """
     wanted = [(name, ref) for name, ref in needed if ref.elements]
     if not _later(wanted):
-        steps = tuple(_whole_files(checkpoint, wanted, digest_tensors=False))
-        return ReadList(steps, _sizes(checkpoint), {})
-    return ReadList(tuple(_by_tensor(checkpoint, wanted)), {}, {name: ref.nbytes for name, ref in needed})
+        whole: list[Span | Gather] = list(_whole_files(checkpoint, wanted, digest_tensors=False))
+        return ReadList(_with_all_records(checkpoint, wanted, whole), _sizes(checkpoint), {})
+    steps = list(_by_tensor(checkpoint, wanted))
+    sizes = {name: ref.nbytes for name, ref in needed}
+    return ReadList(_with_all_records(checkpoint, wanted, steps), {}, sizes)
 
 
 def read_whole(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> ReadList:
@@ -99,8 +101,8 @@ def read_whole(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Read
     wanted = [(name, ref) for name, ref in in_stored_order(tensors) if ref.elements]
     again = _later(wanted)
     forward = [(name, ref) for name, ref in wanted if name not in again]
-    steps = (*_whole_files(checkpoint, forward, digest_tensors=True), *_by_tensor(checkpoint, list(again.items())))
-    return ReadList(steps, _sizes(checkpoint), {name: ref.nbytes for name, ref in tensors.items()})
+    steps = [*_whole_files(checkpoint, forward, digest_tensors=True), *_by_tensor(checkpoint, list(again.items()))]
+    return ReadList(tuple(steps), _sizes(checkpoint), {name: ref.nbytes for name, ref in tensors.items()})
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -167,6 +169,26 @@ def _by_tensor(checkpoint: Checkpoint, wanted: Sequence[tuple[str, TensorRef]]) 
             yield Gather(ref, name)
     if marks:
         yield span()
+
+
+def _with_all_records(
+    checkpoint: Checkpoint, wanted: Iterable[tuple[str, TensorRef]], steps: list[Span | Gather]
+) -> tuple[Span | Gather, ...]:
+    """The steps, and after them a read of each record that has elements of these tensors and lies whole in no span.
+
+    Without it, damage to a tensor that is gathered, or a view of a part of its record, would not be found.
+    """
+    met = {(step.file, record.name) for step in steps if isinstance(step, Span) for record in step.records}
+    records = {file.path: file.records for file in checkpoint.files if file.records}
+    missed: dict[tuple[Path, str], Span] = {}
+    for _, ref in wanted:
+        if ref.file in records:
+            here = records[ref.file]
+            record = here[bisect_right(here, ref.offset, key=attrgetter("offset")) - 1]
+            if (ref.file, record.name) not in met:
+                span = Span(ref.file, record.offset, record.offset + record.size, False, (), (record,))
+                missed[ref.file, record.name] = span
+    return (*steps, *missed.values())
 
 
 def _inside(records: Sequence[Record], start: int, stop: int) -> tuple[Record, ...]:

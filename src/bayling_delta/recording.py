@@ -8,11 +8,12 @@ from typing import Any
 from bayling_delta import companions, engine
 from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Progress
-from bayling_delta.errors import CheckpointError, Problem, refuse
-from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
+from bayling_delta.files import new_file_problems, write_file
+from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section, to_json
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, counted_weights, make_budget
 from bayling_delta.reads import read_whole
-from bayling_delta.sources import file_size, open_source
+from bayling_delta.sources import exists, open_source
 
 __all__ = ["Found", "digest_model", "record"]
 
@@ -20,11 +21,12 @@ __all__ = ["Found", "digest_model", "record"]
 def record(
     model: Path,
     *,
+    output: Path | None = None,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     threads: int = DEFAULT_THREADS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Digest every tensor and file of a checkpoint, and return its manifest; write nothing.
+    """Digest every tensor and file of a checkpoint, and return its manifest; write it to ``output``, if given.
 
     This is how recorded checksums come to be: anyone who has the same weights gets the same weights digest,
     whatever container and sharding they are in.
@@ -32,14 +34,20 @@ def record(
     Raises:
         CheckpointError: the checkpoint cannot be read.
         IntegrityError: a record of a ``.bin`` file is damaged.
+        OutputError: ``output`` exists, lies inside the model, or cannot be written.
     """
-    beside = [name for name in companions.COPIED if file_size(directory_of(model) / name) is not None]
+    if output is not None:
+        refuse(new_file_problems(output, directory_of(model)))
+    beside = [name for name in companions.COPIED if exists(directory_of(model) / name)]
     found = digest_model(model, beside, memory_limit=memory_limit, threads=threads, progress=progress)
     refuse(found.problems)
     result = result_section((found.tensors or {}).values(), found.places)
     result["files"] = [file_entry(name, size, sha256) for name, (size, sha256) in found.files.items()]
     head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})
-    return {**head, "result": result, "changes": [], "verification": []}
+    manifest = {**head, "result": result, "changes": [], "verification": []}
+    if output is not None:
+        write_file(output, to_json(manifest).encode())
+    return manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +89,25 @@ def digest_model(
     problems: tuple[Problem, ...] = ()
     try:
         checkpoint = open_checkpoint(model)
-    except CheckpointError as error:
+    except (CheckpointError, IntegrityError) as error:
         if strict:
             raise
         problems = tuple(replace(problem, kind="model") for problem in error.problems)
         checkpoint = Checkpoint(model, directory_of(model), "unknown", (), {}, None)
     weights = counted_weights(checkpoint)
     known = {file.path.name for file in checkpoint.files}
-    beside = [_file(checkpoint.directory / name) for name in dict.fromkeys(names) if name not in known]
-    everything = replace(checkpoint, files=(*checkpoint.files, *(file for file in beside if file)))
+    beside: list[WeightFile] = []
+    for name in dict.fromkeys(names):
+        if name in known or not exists(checkpoint.directory / name):
+            continue
+        try:
+            with open_source(checkpoint.directory / name) as source:
+                beside.append(WeightFile(source.path, *source.stamp))
+        except CheckpointError as error:
+            if strict:
+                raise
+            problems += tuple(replace(problem, kind="model") for problem in error.problems)
+    everything = replace(checkpoint, files=(*checkpoint.files, *beside))
     reads = read_whole(everything, weights)
     budget = make_budget(memory_limit, [reads])
     digests, damage = engine.digest(everything, reads, budget, threads=threads, progress=progress)
@@ -101,12 +119,3 @@ def digest_model(
         {file.path.name: (file.size, digests.files[file.path.name]) for file in everything.files},
         (*problems, *damage),
     )
-
-
-def _file(path: Path) -> WeightFile | None:
-    """A file to digest; None if there is none that can be read."""
-    try:
-        with open_source(path) as source:
-            return WeightFile(path, *source.stamp)
-    except CheckpointError:
-        return None

@@ -45,14 +45,18 @@ def readable(text: str) -> str:
 
 
 def failure_text(error: BaylingDeltaError) -> str:
-    """One line a problem, the place first; long lists are cut."""
+    """One line a problem, the place first; long lists are cut. At the end, how to overrule what can be."""
     problems = [readable(str(problem)) for problem in error.problems[:_MOST_PROBLEMS]]
+    allow = "".join(
+        f" --allow {kind}" for kind in sorted({problem.kind for problem in error.problems if problem.allow})
+    )
+    advice = [f"To go on all the same:{allow}"] if allow else []
     if len(error.problems) == 1:
-        return f"error: {problems[0]}"
+        return "\n".join([f"error: {problems[0]}", *advice])
     lines = [f"error: {len(error.problems)} problems", *(f"  {problem}" for problem in problems)]
     if len(error.problems) > _MOST_PROBLEMS:
         lines.append(f"  … and {len(error.problems) - _MOST_PROBLEMS} more; --json lists all of them")
-    return "\n".join(lines)
+    return "\n".join([*lines, *advice])
 
 
 def failure_document(command: str, error: BaylingDeltaError) -> dict[str, Any]:

@@ -15,7 +15,16 @@ from bayling_delta import system
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.system import ALIGNMENT
 
-__all__ = ["Source", "file_size", "list_directory", "open_source", "read_bytes", "read_file"]
+__all__ = [
+    "Source",
+    "exists",
+    "file_size",
+    "is_directory",
+    "list_directory",
+    "open_source",
+    "read_bytes",
+    "read_file",
+]
 
 _CACHED_BYTES = 1 << 24
 """How far a read through the page cache runs before the pages behind it are given back."""
@@ -155,6 +164,19 @@ def file_size(path: Path) -> int | None:
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def exists(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included."""
+    return system.calls.exists(path)
+
+
+def is_directory(path: Path) -> bool:
+    """Whether it is a directory, or a link to one."""
+    try:
+        return stat.S_ISDIR(system.calls.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def list_directory(path: Path) -> list[str]:

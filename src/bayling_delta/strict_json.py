@@ -6,17 +6,21 @@ from typing import Any
 __all__ = ["load_strict"]
 
 
-def load_strict(data: bytes) -> Any:
+def load_strict(data: bytes, most_tables: int = 1_000_000) -> Any:
     """Parse UTF-8 JSON.
 
     Raises:
-        ValueError: it is not JSON, nests too deep, or has a key twice in one table, of which readers would
-            take one or the other.
+        ValueError: it is not JSON, nests too deep, has more than ``most_tables`` tables and lists, or has a key
+            twice in one table, of which readers would take one or the other.
     """
+    if data.count(b"[") + data.count(b"{") > most_tables:  # a few bytes of JSON can take a hundred of memory
+        raise ValueError(f"it has more than {most_tables:,} tables and lists")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_table)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
+    except UnicodeDecodeError as error:  # whose own text would have all of the data in it
+        raise ValueError(f"it is not UTF-8 at byte {error.start:,}") from error
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,13 +4,16 @@ These are signs, not proofs: each refusal can be overruled with ``--allow KIND``
 only noted.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from bayling_delta.checkpoint import Checkpoint, directory_of
 from bayling_delta.companions import foreign_files
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.expectations import read_manifest
 from bayling_delta.inspecting import describe
 from bayling_delta.manifest import MANIFEST_NAME
-from bayling_delta.sources import file_size
+from bayling_delta.sources import exists
 
 __all__ = ["suspect"]
 
@@ -32,6 +35,9 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
     if delta_look["looks_like"] == "full model":
         message = f"looks like a full model, to which nothing needs to be added: {delta_look['reasons'][0]}"
         problems.append(Problem("looks_like_model", str(delta.path), message))
+    if _is_all_zero(base_look):
+        message = "all that was read of it is zero: a download that was preallocated, and never finished?"
+        problems.append(Problem("all_zero", str(base.path), message))
     problems += _already_rebuilt(base)
     for side, look in (("base", base_look), ("delta", delta_look)):
         problems += [
@@ -45,15 +51,25 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
         if (odd["kind"], odd["where"]) == ("vocabulary", "tokenizer")
     ]
     notes = [f"{odd['where']}: {odd['message']}" for odd in base_look["odd"] if odd["kind"] in _NOTED]
+    if delta.config is None:
+        notes.append(f"{delta.directory / 'config.json'}: is not there; the result needs one before it can be loaded")
     if foreign := foreign_files(delta):
         notes.append(f"{delta.directory}: not understood, and not copied: {', '.join(foreign)}")
     return problems, notes
 
 
+def _is_all_zero(look: Mapping[str, Any]) -> bool:
+    rows, norms = look["signs"]["rows"], look["signs"]["norms"]
+    read = [figures for figures in (rows, norms) if figures]
+    return bool(read) and not any(
+        figures.get("magnitude") or figures.get("standard_deviation") or figures.get("mean") for figures in read
+    )
+
+
 def _already_rebuilt(base: Checkpoint) -> list[Problem]:
     """The finding that a base is itself a sum: adding the delta again gives nonsense."""
     path = directory_of(base.path) / MANIFEST_NAME
-    if file_size(path) is None:
+    if not exists(path):
         return []
     try:
         operation = read_manifest(path).operation

@@ -50,6 +50,10 @@ class System:
         """Whether anything has this name, a dangling link included."""
         return os.path.lexists(path)
 
+    def real_path(self, path: Path) -> Path:
+        """The path without links, as far as they lead anywhere."""
+        return Path(os.path.realpath(path))
+
     def free_bytes(self, path: Path) -> int:
         """What an unprivileged user may still write to the file system of ``path``."""
         usage = os.statvfs(path)

@@ -6,16 +6,17 @@ Source: torch/serialization.py, and files written by PyTorch 1.6 to 2.13.
 """
 
 import math
+import zlib
 from operator import attrgetter
 from pathlib import Path
 
-from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
 from bayling_delta.tensors import DTYPES, TensorRef, row_major
 from bayling_delta.zip_records import Record, read_records
 
-__all__ = ["parse"]
+__all__ = ["parse", "record_damage"]
 
 _PICKLE_CAP = 100_000_000
 """Bytes; a model of 100,000 tensors needs some 25 million."""
@@ -33,6 +34,7 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
     Raises:
         CheckpointError: the archive or its pickle is damaged, not a plain state dict, or asks for
             something that no state dict needs.
+        IntegrityError: the pickle's CRC-32 is wrong.
     """
     path = source.path
     records = read_records(source)
@@ -46,12 +48,13 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
             "is a TorchScript archive, a program and not a state dict; where you trust it, load it with "
             "torch.jit.load and save its state_dict() with safetensors.torch.save_file",
         )
-    _check_byte_order(source, records.get(f"{root}byteorder"))
+    checked = any(record.crc32 for record in records.values())  # all 0 means: not computed
+    _check_byte_order(source, records.get(f"{root}byteorder"), checked)
     pickle = records[f"{root}data.pkl"]
     if pickle.size > _PICKLE_CAP:
         raise _unsupported(path, f"its pickle has {pickle.size:,} bytes; at most {_PICKLE_CAP:,} are read")
     try:
-        specs = read_state_dict(read_bytes(source, pickle.offset, pickle.size))
+        specs = read_state_dict(_read_record(source, pickle, checked))
     except PickleError as error:
         kind = "unsafe_pickle" if error.unsafe else "unsupported" if error.unsupported else "damaged"
         raise CheckpointError(Problem(kind, str(path), str(error))) from error
@@ -62,14 +65,28 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
                 path, f"{name} lies in storage {spec.storage.key!r}, which another tensor gives another dtype"
             )
     refs = {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
-    checked = any(record.crc32 for record in records.values())  # all 0 means: not computed
     return refs, tuple(sorted(records.values(), key=attrgetter("offset"))) if checked else ()
 
 
-def _check_byte_order(source: Source, record: Record | None) -> None:
+def _read_record(source: Source, record: Record, checked: bool) -> bytes:
+    """A small record, held against its CRC-32: one bit of the pickle can give a tensor another's place."""
+    data = read_bytes(source, record.offset, record.size)
+    if checked and zlib.crc32(data) != record.crc32:
+        raise IntegrityError(record_damage(source.path, record.name))
+    return data
+
+
+def record_damage(path: Path, name: str) -> Problem:
+    """The finding that a record's bytes are not those that were written."""
+    return Problem("crc", str(path), f"record {name} is damaged: its CRC-32 is wrong; download the file again")
+
+
+def _check_byte_order(source: Source, record: Record | None, checked: bool) -> None:
     if record is None:  # writers before 2.1 did not say, and were little-endian
         return
-    order = read_bytes(source, record.offset, min(record.size, 16))
+    if record.size > 16:
+        raise _damaged(source.path, "does not say in which order its numbers are")
+    order = _read_record(source, record, checked)
     if order != b"little":
         raise _unsupported(
             source.path,

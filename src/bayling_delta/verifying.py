@@ -10,12 +10,19 @@ from bayling_delta import engine
 from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Difference, Progress
-from bayling_delta.errors import CheckpointError, Problem, refuse
-from bayling_delta.expectations import Expectation, differences, own_expectations, read_manifest, sums_problems
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
+from bayling_delta.expectations import (
+    Expectation,
+    ExpectedFile,
+    differences,
+    own_expectations,
+    read_manifest,
+    sums_problems,
+)
 from bayling_delta.manifest import MANIFEST_NAME, TensorDigest, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
-from bayling_delta.sources import file_size
+from bayling_delta.sources import exists, is_directory
 
 __all__ = ["verify"]
 
@@ -57,6 +64,7 @@ def verify(
         names = [name for expected in expectations for name in expected.files]
         found = digest_model(model, names, memory_limit=memory_limit, threads=threads, progress=progress, strict=False)
         problems += against_expectations(found, expectations)
+        problems += unlisted_weights(found, expectations)
         problems += stray_weights(found.checkpoint, expectations)
         if against is None:
             problems += sums_problems(directory_of(model), expectations)
@@ -99,7 +107,10 @@ def _expectations(model: Path, against: str | None) -> list[Expectation]:
     with suppress(ValueError):
         return [Expectation("--against", parse_digest(against))]
     path = Path(against)
-    manifest = path / MANIFEST_NAME if file_size(path) is None else path
+    manifest = path / MANIFEST_NAME if is_directory(path) else path
+    if not exists(manifest):
+        message = "is neither a weights digest, nor a manifest's file, nor a directory with one"
+        raise CheckpointError(Problem("record", against, message))
     return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
 
 
@@ -119,11 +130,11 @@ def _plan_comparison(model: Path, base: Path, delta: Path, dtype: str | None, me
     for path in (base, delta, model):
         try:
             opened.append(open_checkpoint(path))
-        except CheckpointError as error:
+        except (CheckpointError, IntegrityError) as error:
             problems += error.problems
     refuse(problems)
     manifest = directory_of(model) / MANIFEST_NAME
-    if dtype is None and file_size(manifest) is not None:
+    if dtype is None and exists(manifest):
         dtype = read_manifest(manifest).dtype
     return make_plan(opened[0], opened[1], dtype=dtype, memory_limit=memory_limit, model=opened[2])
 
@@ -131,30 +142,50 @@ def _plan_comparison(model: Path, base: Path, delta: Path, dtype: str | None, me
 def against_expectations(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:
     """Everything in which a model is not what it is expected to be, and what a loader would take besides."""
     problems = list(found.problems)
+    told: dict[str, ExpectedFile] = {}
     for expected in expectations:
-        problems += differences(expected, found.model, found.tensors, found.places, found.files)
-    return _once(problems)
+        # What two lists say of a file alike is held against it once.
+        files = {name: file for name, file in expected.files.items() if not _is_told(told.get(name), file)}
+        told |= files
+        model = found.checkpoint.directory
+        problems += differences(replace(expected, files=files), model, found.tensors, found.places, found.files)
+    unreadable = {problem.where for problem in found.problems}
+    return [problem for problem in problems if problem in found.problems or problem.where not in unreadable]
+
+
+def _is_told(before: ExpectedFile | None, file: ExpectedFile) -> bool:
+    return before is not None and before.sha256 == file.sha256 and file.size in (None, before.size)
+
+
+def unlisted_weights(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:
+    """Weight files that no record vouches for, where there is nothing but a list of files."""
+    if any(expected.weights_digest is not None for expected in expectations):
+        return []
+    listed = {name for expected in expectations for name in expected.files}
+    names = [file.path.name for file in found.checkpoint.files]
+    unlisted = [name for name in names if name not in listed]
+    if names and len(unlisted) == len(names):
+        message = f"{expectations[0].source} lists none of its weight files; give a record of them with --against"
+        return [Problem("no_record", str(found.model), message)]
+    return [
+        Problem("model", str(found.checkpoint.directory / name), f"is not in {expectations[0].source}")
+        for name in unlisted
+    ]
 
 
 def stray_weights(checkpoint: Checkpoint, expectations: Sequence[Expectation]) -> list[Problem]:
     """Weight files in a model's directory that neither it nor a list of its files knows."""
     known = {file.path.name for file in checkpoint.files}
     known.update(name for expected in expectations for name in expected.files)
-    if not checkpoint.files:  # the weights could not be opened, which is told already
+    if not checkpoint.files and not any(expected.files for expected in expectations):
+        return []  # the weights could not be opened, and nobody says which files they are
+    if not is_directory(checkpoint.directory):
         return []
     return [
         Problem("model", str(checkpoint.directory / name), "does not belong to this model, and a loader may take it")
         for name in loadable_files(checkpoint.directory)
         if name not in known and not name.endswith(".index.json")
     ]
-
-
-def _once(problems: Sequence[Problem]) -> list[Problem]:
-    """The same finding from two lists is told once: the first."""
-    seen: dict[tuple[str, str], Problem] = {}
-    for problem in problems:
-        seen.setdefault((problem.kind, problem.where), problem)
-    return list(seen.values())
 
 
 def against_sum(plan: Plan, found: dict[str, Difference]) -> list[Problem]:
