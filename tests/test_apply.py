@@ -357,6 +357,15 @@ def test_links_are_followed_as_in_a_hub_cache(tmp_path: Path, pair: Pair, digest
     assert apply(snapshot, pair[1], tmp_path / "out")["result"]["weights_digest"] == digest
 
 
+def test_configuration_is_kept_as_it_is_but_for_the_change(tmp_path: Path, pair: Pair) -> None:
+    """Letters of any kind, and half a character, which only JSON's escape can carry."""
+    text = json.dumps(CONFIG | {"_name_or_path": "C:\\\\runs", "note": "百聆 \ud800"})
+    (pair[1] / "config.json").write_text(text)
+    apply(*pair, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == CONFIG | {"note": "百聆 \ud800"}
+
+
 # what is refused
 
 
@@ -522,6 +531,15 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, pair:
     with pytest.raises(MismatchError, match=r"its tokenizer knows 161 tokens.*has 160 rows") as error:
         apply(*pair, tmp_path / "out")
     assert error.value.problems[0].kind == "tokenizer"
+
+
+def test_a_base_of_zeros_is_refused(tmp_path: Path, pair: Pair, states: tuple[StateDict, StateDict]) -> None:
+    """A download that reserved its room and never filled it: headers are there, and zeros."""
+    zeros = save(tmp_path / "zeros", {name: torch.zeros_like(tensor) for name, tensor in states[0].items()})
+    with pytest.raises(MismatchError, match="preallocated, and never finished") as error:
+        apply(zeros, pair[1], tmp_path / "out")
+    assert error.value.problems[0].kind == "all_zero"
+    apply(zeros, pair[1], tmp_path / "out", allow=["all_zero"])
 
 
 def test_a_sentencepiece_model_is_counted(tmp_path: Path, pair: Pair) -> None:

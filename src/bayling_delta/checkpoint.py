@@ -42,7 +42,7 @@ __all__ = [
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
-JSON_CAP: Final = 64 << 20
+JSON_CAP: Final = 100_000_000
 """Bytes of an index, configuration, tokenizer or manifest that are read; far above any real one."""
 
 
@@ -119,21 +119,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def survey(path: Path) -> tuple[Checkpoint | None, list[Problem]]:
     """Open what can be opened, and list what is wrong with the rest; None where no tensor can be described."""
     try:
-        directory, files, notes, problems = _find_files(path)
+        directory, index, files, notes, problems = _find_files(path)
     except CheckpointError as error:
         return None, list(error.problems)
-    return _open_shards(path, directory, files, notes, problems)
+    return _open_shards(path, directory, index, files, notes, problems)
 
 
 _Files = dict[str, list[str] | None]
 """Weight files by name, in order, each with the tensors that an index places in it; None where there is no index."""
 
 
-def _find_files(path: Path) -> tuple[Path, _Files, tuple[str, ...], list[Problem]]:
-    """Where a checkpoint's files lie, which they are, what to say of that, and what is wrong with the index."""
+def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[Problem]]:
+    """Where a checkpoint's files lie, its index, which they are, what to say of that, and what is wrong with it."""
     if file_size(path) is not None:
         files, problems = _read_index(path) if path.suffix == ".json" else ({path.name: None}, [])
-        return path.parent, files, (), problems
+        return path.parent, path, files, (), problems
     if not is_directory(path):
         raise CheckpointError(_no_directory(path))
     names = list_directory(path)
@@ -152,7 +152,7 @@ def _find_files(path: Path) -> tuple[Path, _Files, tuple[str, ...], list[Problem
         notes: tuple[str, ...] = ()
         if container == "safetensors" and any(re.fullmatch(_LAYOUTS[1][3], name) for name in names):
             notes = (f"{path}: has both containers; the safetensors files are taken, as transformers does",)
-        return path, shards, notes, problems
+        return path, path / index, shards, notes, problems
     raise CheckpointError(Problem("not_found", str(path), _no_weights(names)))
 
 
@@ -166,7 +166,7 @@ _LAYOUTS: Final = (
 def _no_directory(path: Path) -> Problem:
     """What to say of a path that is neither a regular file nor a directory."""
     if exists(path):
-        what = "is neither a regular file nor a directory that can be read; a link that leads nowhere?"
+        what = "is neither a regular file nor a directory that can be read; symbolic links that lead nowhere?"
         return Problem("unreadable", str(path), what)
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -189,7 +189,12 @@ def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
     try:
         weight_map = read_table(path).get("weight_map")
     except CheckpointError as error:
-        return {}, [replace(problem, kind="index") for problem in error.problems]
+        return {}, [
+            replace(problem, kind="index", message=f"is no shard index with a weight_map: it {problem.message}")
+            if problem.kind == "damaged"
+            else problem
+            for problem in error.problems
+        ]
     if not isinstance(weight_map, dict):
         return {}, [Problem("index", str(path), "is not a shard index: it has no weight_map")]
     files: _Files = {}
@@ -237,7 +242,7 @@ def stays_in_directory(name: str) -> bool:
 
 
 def _open_shards(
-    path: Path, directory: Path, files: _Files, notes: tuple[str, ...], problems: list[Problem]
+    path: Path, directory: Path, index: Path, files: _Files, notes: tuple[str, ...], problems: list[Problem]
 ) -> tuple[Checkpoint | None, list[Problem]]:
     """Read every shard's header and hold it against what the index says of it, if there is one."""
     problems = list(problems)
@@ -249,7 +254,7 @@ def _open_shards(
         try:
             if expected is not None and not exists(shard):
                 raise CheckpointError(
-                    Problem("incomplete", str(shard), "is in the index, but not here; download the missing shard")
+                    Problem("incomplete", str(shard), f"is in {index}, but not here; download the missing shard")
                 )
             container, file, refs = _open_file(shard)
         except (CheckpointError, IntegrityError) as error:
@@ -272,7 +277,8 @@ def _open_shards(
     if len(containers) > 1:
         problems.append(Problem("index", str(path), "mixes safetensors and .bin shards"))
     if not problems and all(map(is_rotary_buffer, tensors)):
-        problems.append(Problem("not_found", str(path), "has no weights in it"))
+        what = "has no weights in it, only rotary buffers" if tensors else "has no tensors in it"
+        problems.append(Problem("not_found", str(path), what))
     if not tensors:
         return None, problems
     container = containers.pop() if len(containers) == 1 else "mixed"

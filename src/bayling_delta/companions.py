@@ -71,12 +71,13 @@ def collect(delta: Checkpoint, dtype: str) -> list[Companion]:
 
 def _check(path: Path) -> None:
     """Refuse what would keep a loader from reading the result: a download that failed, text that is not JSON."""
+    if path.suffix == ".json":
+        read_table(path)
+        return
     with open_source(path) as source:
         found = what_instead(read_bytes(source, 0, 512), source.size)
     if found:
         raise CheckpointError(Problem("not_weights", str(path), found[1].replace("weights", "this file")))
-    if path.suffix == ".json":
-        read_table(path)
 
 
 def foreign_files(checkpoint: Checkpoint) -> list[str]:

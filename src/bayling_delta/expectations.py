@@ -54,10 +54,14 @@ def read_manifest(path: Path) -> Expectation:
     Raises:
         CheckpointError: it cannot be read, is of a newer major version, or contradicts itself.
     """
-    document = read_table(path)
+    try:
+        document = read_table(path)
+    except CheckpointError as error:
+        message = f"is not a manifest of bayling-delta: it {error.problems[0].message}"
+        raise CheckpointError(Problem("record", str(path), message)) from error
     schema = document.get("schema")
     if schema != "bayling-delta/manifest/1":
-        message = f"has the schema {str(schema)[:80]!r}, and is no manifest of this version"
+        message = f"has the schema {str(schema)[:80]!r}, and is not a manifest of this version"
         raise CheckpointError(Problem("record", str(path), message))
     try:
         result = document["result"]
@@ -76,38 +80,41 @@ def read_manifest(path: Path) -> Expectation:
                 "its tensors' shapes do not add up to its parameters",
             ),
             (
-                not {entry["file"] for entry in result["tensors"].values()} <= files.keys(),
-                "it has tensors in files that it does not list",
+                bool(files) and not {entry["file"] for entry in result["tensors"].values()} <= files.keys(),
+                f"it has {_unplaced(result, files)} in a file that it does not list",
             ),
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(Problem("record", str(path), "is not a manifest of bayling-delta")) from error
+        message = f"is not a manifest of bayling-delta ({str(error)[:200]})"
+        raise CheckpointError(Problem("record", str(path), message)) from error
     for is_wrong, what in wrong:
         if is_wrong:
             raise CheckpointError(Problem("record", str(path), f"contradicts itself: {what}"))
     return Expectation(str(path), recorded, tensors, files, dtype, operation)
 
 
+def _unplaced(result: Mapping[str, Any], files: Mapping[str, ExpectedFile]) -> str:
+    return next((name for name, entry in result["tensors"].items() if entry["file"] not in files), "")
+
+
 def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:
-    shape = tuple(entry["shape"])
-    if not is_plain_name(name) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"tensor {name!r}")
-    dtype = entry["dtype"]
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}")
-    return TensorDigest(name, dtype, shape, parse_digest(entry["sha256"]).removeprefix("sha256:"))
+    shape, dtype = entry["shape"], entry["dtype"]
+    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not is_plain_name(name) or not sizes or dtype not in DTYPES:
+        raise ValueError(f"its tensor {name[:80]!r} is not described as one")
+    return TensorDigest(name, dtype, tuple(shape), parse_digest(entry["sha256"]).removeprefix("sha256:"))
 
 
 def _file(entry: Mapping[str, Any]) -> tuple[str | None, int]:
     size, sha256 = entry["size"], entry["sha256"]
     if type(size) is not int:
-        raise ValueError(f"size {size!r}")
+        raise ValueError(f"a file of size {size!r}")
     return (None if sha256 is None else parse_digest(sha256).removeprefix("sha256:")), size
 
 
 def _name(name: str) -> str:
     if not stays_in_directory(name):
-        raise ValueError(f"file {name!r}")
+        raise ValueError(f"a file {name!r}")
     return name
 
 
@@ -185,7 +192,8 @@ def _file_differences(expected: Expectation, model: Path, files: Mapping[str, tu
     for name, file in expected.files.items():
         where = str(model / name)
         if name not in files:
-            yield Problem("model", where, f"is in {expected.source}, but not here")
+            if not exists(model / name):  # else why it cannot be read is told already
+                yield Problem("model", where, f"is in {expected.source}, but not here")
             continue
         size, sha256 = files[name]
         if file.size not in (None, size):

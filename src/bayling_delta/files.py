@@ -60,7 +60,8 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
         problems.append(Problem("output_exists", str(partial), _advice(partial)))
     try:
         if not stat.S_ISDIR(system.calls.stat(target.parent).st_mode):
-            return [*problems, Problem("output_place", str(target.parent), "is not a directory")]
+            what = f"cannot be made: {target.parent} is not a directory"
+            return [*problems, Problem("output_place", str(target), what)]
         free = system.calls.free_bytes(target.parent)
     except OSError as error:
         reason = error.strerror or "unknown"
@@ -84,8 +85,8 @@ def new_file_problems(path: Path, not_inside: Path) -> list[Problem]:
     try:
         system.calls.free_bytes(path.parent)
     except OSError as error:
-        message = f"cannot hold the file ({error.strerror}); make the directory first"
-        return [Problem("output_place", str(path.parent), message)]
+        message = f"cannot be made in {path.parent} ({error.strerror}); make the directory first"
+        return [Problem("output_place", str(path), message)]
     return []
 
 

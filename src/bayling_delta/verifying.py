@@ -110,7 +110,7 @@ def _expectations(model: Path, against: str | None) -> list[Expectation]:
     manifest = path / MANIFEST_NAME if is_directory(path) else path
     if not exists(manifest):
         message = "is neither a weights digest, nor a manifest's file, nor a directory with one"
-        raise CheckpointError(Problem("record", against, message))
+        raise CheckpointError(Problem("not_found", against, message))
     return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
 
 
@@ -149,8 +149,7 @@ def against_expectations(found: Found, expectations: Sequence[Expectation]) -> l
         told |= files
         model = found.checkpoint.directory
         problems += differences(replace(expected, files=files), model, found.tensors, found.places, found.files)
-    unreadable = {problem.where for problem in found.problems}
-    return [problem for problem in problems if problem in found.problems or problem.where not in unreadable]
+    return problems
 
 
 def _is_told(before: ExpectedFile | None, file: ExpectedFile) -> bool:
