@@ -39,3 +39,12 @@ def test_apply_does_not_import_torch(tmp_path: Path, dry: bool) -> None:
     words = ["apply", "--base", str(base), "--delta", str(delta), "--out", str(tmp_path / "out")]
     assert not modules_after(*words, *(["--dry-run"] if dry else [])) & HEAVY
     assert (tmp_path / "out").exists() != dry
+
+
+def test_verify_record_and_inspect_do_not_import_torch(tmp_path: Path) -> None:
+    base, delta = save(tmp_path / "base", llama(1)), save(tmp_path / "delta", llama(2, 0.01))
+    pair = ["--base", str(base), "--delta", str(delta)]
+    out = str(tmp_path / "out")
+    modules_after("apply", *pair, "--out", out)
+    for words in (["verify", out], ["verify", out, *pair], ["record", out], ["inspect", out], ["inspect", str(base)]):
+        assert not modules_after(*words) & HEAVY, words
