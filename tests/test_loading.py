@@ -1,6 +1,7 @@
 """What comes out, loaded as its users will load it: by transformers, with no option given."""
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bayling_delta import apply, verify
-from bayling_delta.errors import IntegrityError
+from bayling_delta.errors import IntegrityError, UsageError
 from tests.pairs import CONFIG, llama, load, published_sum, save
 
 
@@ -85,3 +86,14 @@ def test_a_model_without_a_config_does_not_load(rebuilt: Path) -> None:
     bare = save(rebuilt.parent / "bare", load(rebuilt), config=None)
     with pytest.raises(IntegrityError, match="cannot load it"):
         verify(bare, against=digest, load=True)
+
+
+def test_eight_bit_says_what_it_needs(rebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(UsageError, match="needs bitsandbytes and accelerate"):
+        verify(rebuilt, load=True, eight_bit=True)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_eight_bit_loads_where_the_library_is(rebuilt: Path) -> None:
+    assert verify(rebuilt, load=True, eight_bit=True)["loaded"]["eight_bit"]
