@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta import companions, engine
+from bayling_delta.adding import Additions
 from bayling_delta.arithmetic import make_addition
 from bayling_delta.checkpoint import Checkpoint, directory_of, open_checkpoint
-from bayling_delta.engine import DEFAULT_THREADS, Additions, Digests, Outcome, Progress
+from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
 from bayling_delta.errors import BaylingDeltaError, Problem, refuse
 from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
 from bayling_delta.manifest import (

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bayling_delta import engine
+from bayling_delta.adding import Difference
 from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
-from bayling_delta.engine import DEFAULT_THREADS, Difference, Progress
+from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.expectations import (
     Expectation,
