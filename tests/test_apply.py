@@ -533,6 +533,21 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path, pair:
     assert error.value.problems[0].kind == "tokenizer"
 
 
+def test_one_shard_of_several_is_not_a_model(tmp_path: Path, pair: Pair) -> None:
+    """The same shard of both sides would add up, to a part of a model."""
+    first = "pytorch_model-00001-of-00002.bin"
+    with pytest.raises(CheckpointError, match="is one of 2 shards by its name") as error:
+        apply(pair[0] / first, pair[1] / first, tmp_path / "out")
+    assert [problem.kind for problem in error.value.problems] == ["incomplete", "incomplete"]
+
+
+def test_a_configuration_of_another_size_is_refused(tmp_path: Path, pair: Pair) -> None:
+    (pair[1] / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
+    with pytest.raises(MismatchError, match="says num_hidden_layers 3; the shapes say 2") as error:
+        apply(*pair, tmp_path / "out")
+    assert [(problem.kind, problem.allow) for problem in error.value.problems] == [("architecture", True)]
+
+
 def test_a_base_of_zeros_is_refused(tmp_path: Path, pair: Pair, states: tuple[StateDict, StateDict]) -> None:
     """A download that reserved its room and never filled it: headers are there, and zeros."""
     zeros = save(tmp_path / "zeros", {name: torch.zeros_like(tensor) for name, tensor in states[0].items()})

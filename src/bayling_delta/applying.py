@@ -168,7 +168,10 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
     ]
     digest = weights_digest(_tensor_digests(plan, outcome))
     if wanted not in (None, digest):
-        problems.append(Problem("digest", str(out), f"the result's weights digest is {digest}, expected was {wanted}"))
+        advice = "nothing was kept: are base, delta and --dtype the right ones?"
+        problems.append(
+            Problem("digest", str(out), f"the result's weights digest is {digest}, expected was {wanted}; {advice}")
+        )
     return problems
 
 

@@ -132,8 +132,10 @@ _Files = dict[str, list[str] | None]
 def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[Problem]]:
     """Where a checkpoint's files lie, its index, which they are, what to say of that, and what is wrong with it."""
     if file_size(path) is not None:
-        files, problems = _read_index(path) if path.suffix == ".json" else ({path.name: None}, [])
-        return path.parent, path, files, (), problems
+        if path.suffix == ".json":
+            placed, problems = _read_index(path)
+            return path.parent, path, placed, (), problems
+        return path.parent, path, {path.name: None}, (), _lone_shard(path)
     if not is_directory(path):
         raise CheckpointError(_no_directory(path))
     names = list_directory(path)
@@ -170,13 +172,15 @@ def _no_directory(path: Path) -> Problem:
         return Problem("unreadable", str(path), what)
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f"; ids of the Hub are not fetched yet: 'hf download {path} --local-dir NAME', then name that directory"
-    return Problem("not_found", str(path), f"cannot be read (No such file or directory){hint}")
+        hint = f" Ids of the Hub are not fetched yet: 'hf download {path} --local-dir NAME', then name that directory"
+    return Problem("not_found", str(path), f"cannot be read (No such file or directory); is it spelled right?{hint}")
 
 
 def _no_weights(names: list[str]) -> str:
     if "params.json" in names or any(name.startswith("consolidated.") for name in names):
         return "is a folder in Meta's own format, which is not read yet; convert it to HuggingFace format first"
+    if {"lock", "model"} <= set(names):
+        return "is what an unfinished run of 'bayling-delta apply' left, and no model"
     if {"blobs", "snapshots"} <= set(names):
         return "is a repository in the Hub's cache; name one of the directories in its snapshots/"
     if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
@@ -213,6 +217,15 @@ def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
     if not files and not problems:
         problems.append(Problem("index", str(path), "names no tensors"))
     return files, problems
+
+
+def _lone_shard(path: Path) -> list[Problem]:
+    """The finding that a single file is, by its name, one shard of several."""
+    found = re.search(r"-([0-9]{1,9})-of-([0-9]{1,9})\.", path.name)
+    if not found or int(found[2]) < 2:
+        return []
+    message = f"is one of {int(found[2])} shards by its name; name its directory, or its index"
+    return [Problem("incomplete", str(path), message)]
 
 
 def _absent_shards(path: Path, shards: _Files) -> list[Problem]:

@@ -228,7 +228,8 @@ def verify(
     """Check a model against what is recorded of it.
 
     Without options, MODEL is compared with the manifest and the SHA256SUMS beside its weights: every tensor and
-    every file. Whatever is damaged, missing or extra is named. Exits 0 only if something was compared and matched.
+    every file. Whatever is damaged or missing is named, and so are weights that do not belong there. Exits 0 only
+    if something was compared and matched.
 
     \b
     Examples:
@@ -391,6 +392,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:  # what happens to files is reported as such by now
+        code = 6
+        message = f"standard output cannot be written ({error.strerror})"
+        _fail(report.usage_document(command, "output", message), f"error: {message}", as_json)
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         if "--debug" in words:
             raise

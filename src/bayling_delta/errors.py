@@ -132,6 +132,7 @@ KINDS: dict[str, Kind] = {
     "looks_like_model": Kind(MismatchError, "the delta looks like a full model", allow=True),
     "all_zero": Kind(MismatchError, "everything that was read of the base is zero", allow=True),
     "already_rebuilt": Kind(MismatchError, "the base is itself the sum of a base and a delta", allow=True),
+    "architecture": Kind(MismatchError, "config.json and the shapes disagree about the model's sizes", allow=True),
     "tokenizer": Kind(MismatchError, "the tokenizer has more tokens than the embedding has rows", allow=True),
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
     "non_finite": Kind(MismatchError, "an input or the result has infinite or NaN elements", allow=True),

@@ -131,10 +131,14 @@ def plan_text(document: dict[str, Any], out: Path) -> str:
     rows = [("recipe", document["recipe"])]
     for role, side in document["inputs"].items():
         files = ", ".join(file["name"] for file in side["files"][:3]) + (", …" if len(side["files"]) > 3 else "")
-        rows.append((role, f"{side['tensors']} tensors in {len(side['files'])} {side['container']} files ({files})"))
+        stored = _count(len(side["files"]), f"{side['container']} file")
+        rows.append((role, f"{_count(side['tensors'], 'tensor')} in {stored} ({files})"))
         rows.append(("", f"{size_text(side['reads'])} to read, digested by {document['digested'][role]}"))
     rows.append(("result", f"{out}: {result['parameters']:,} parameters in {result['tensors']} tensors"))
-    rows += [("", f"{file['name']}  {size_text(file['size'])}, {file['tensors']} tensors") for file in result["files"]]
+    rows += [
+        ("", f"{file['name']}  {size_text(file['size'])}, {_count(file['tensors'], 'tensor')}")
+        for file in result["files"]
+    ]
     rows.append(("disk", f"{size_text(result['size'])} needed"))
     rows.append(("memory", f"{memory['buffers'] / (1 << 20):.1f} MiB of buffers, {memory['chunk'] >> 10} KiB each"))
     rows += [("note", note) for note in document["notes"]]

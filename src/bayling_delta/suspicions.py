@@ -5,6 +5,7 @@ only noted.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from bayling_delta.checkpoint import Checkpoint, directory_of
@@ -35,6 +36,8 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
     if delta_look["looks_like"] == "full model":
         message = f"looks like a full model, to which nothing needs to be added: {delta_look['reasons'][0]}"
         problems.append(Problem("looks_like_model", str(delta.path), message))
+    if len(problems) == 2:
+        problems = [replace(problem, message=f"{problem.message}; are base and delta swapped?") for problem in problems]
     if _is_all_zero(base_look):
         message = "all that was read of it is zero: a download that was preallocated, and never finished?"
         problems.append(Problem("all_zero", str(base.path), message))
@@ -49,6 +52,11 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
         Problem("tokenizer", str(delta.directory), f"its tokenizer {odd['message']}")
         for odd in delta_look["odd"]
         if (odd["kind"], odd["where"]) == ("vocabulary", "tokenizer")
+    ]
+    problems += [
+        Problem("architecture", odd["where"], odd["message"])
+        for odd in delta_look["odd"]
+        if odd["kind"] == "architecture"
     ]
     notes = [f"{odd['where']}: {odd['message']}" for odd in base_look["odd"] if odd["kind"] in _NOTED]
     if delta.config is None:
