@@ -35,7 +35,7 @@ from bayling_delta.sources import open_source
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
-__all__ = ["additions_on", "apply", "plan_apply", "plan_document"]
+__all__ = ["additions_on", "apply", "plan_apply", "plan_document", "result_digests"]
 
 _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
@@ -166,7 +166,7 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
         Problem("non_finite", name, f"{count:,} elements of the sum are infinite or NaN; is this the right base?")
         for name, count in outcome.non_finite.items()
     ]
-    digest = weights_digest(_tensor_digests(plan, outcome))
+    digest = weights_digest(result_digests(plan, outcome))
     if wanted not in (None, digest):
         advice = "nothing was kept: are base, delta and --dtype the right ones?"
         problems.append(
@@ -175,7 +175,8 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
     return problems
 
 
-def _tensor_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
+def result_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
+    """The digest of each tensor of the sum."""
     return [
         TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.result.tensors[tensor.name])
         for tensor in plan.tensors
@@ -187,7 +188,7 @@ def _write_down(
 ) -> dict[str, Any]:
     """Write everything but the weights beside them, SHA256SUMS last, and return the manifest."""
     placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
-    result = result_section(_tensor_digests(plan, outcome), placed)
+    result = result_section(result_digests(plan, outcome), placed)
     beside = companions.collect(plan.delta, result["dtype"])
     manifest: dict[str, Any] = {
         **head,

@@ -27,6 +27,7 @@ from bayling_delta.errors import (
     Problem,
     UsageError,
 )
+from bayling_delta.tensors import FLOATS, TORCH_NAMES
 
 __all__ = ["main"]
 
@@ -37,7 +38,7 @@ EXIT_CODES: Final[dict[type[BaylingDeltaError], int]] = {
     IntegrityError: 5,
     OutputError: 6,
 }
-_DTYPES: Final = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_DTYPES: Final = {TORCH_NAMES[dtype]: dtype for dtype in FLOATS}
 _LOG_SECONDS: Final = 15
 """Between two lines of progress where there is no terminal."""
 

@@ -10,6 +10,7 @@ from bayling_delta.checkpoint import Checkpoint, read_table, what_instead
 from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.manifest import to_json
 from bayling_delta.sources import exists, list_directory, open_source, read_bytes
+from bayling_delta.tensors import TORCH_NAMES
 
 __all__ = ["COPIED", "Companion", "collect", "foreign_files"]
 
@@ -31,7 +32,6 @@ _KNOWN: Final = re.compile(
     r"|pytorch_model.*\.bin|model.*\.safetensors"
 )
 """Understood, and not copied: the result has its own, or needs none."""
-_TORCH_NAMES: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,9 @@ def _fit_config(companion: Companion, config: dict[str, Any], dtype: str) -> Com
     fitted = dict(config)
     changes: list[str] = []
     for key in ("dtype", "torch_dtype"):  # transformers 5 writes the first, older ones the second
-        if key in fitted and fitted[key] != _TORCH_NAMES[dtype]:
-            changes.append(f"{key}: {json.dumps(fitted[key])} became {json.dumps(_TORCH_NAMES[dtype])}")
-            fitted[key] = _TORCH_NAMES[dtype]
+        if key in fitted and fitted[key] != TORCH_NAMES[dtype]:
+            changes.append(f"{key}: {json.dumps(fitted[key])} became {json.dumps(TORCH_NAMES[dtype])}")
+            fitted[key] = TORCH_NAMES[dtype]
     origin = fitted.get("_name_or_path")
     if isinstance(origin, str) and re.match(r"[/\\~.]|[A-Za-z]:", origin):
         del fitted["_name_or_path"]

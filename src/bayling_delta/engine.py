@@ -238,8 +238,7 @@ class _Input:
         return Digests(self._files.finish(), self._tensors.finish())
 
     def damage(self) -> list[Problem]:
-        found = {(file, record.name) for file, record in self._records.damaged}
-        return [record_damage(file, name) for file, name in sorted(found)]
+        return [record_damage(file, name) for file, name in sorted(self._records.damaged)]
 
 
 def _digest_file(digester: Digester, window: Window) -> None:

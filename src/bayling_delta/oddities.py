@@ -17,10 +17,10 @@ from bayling_delta.companions import foreign_files
 from bayling_delta.errors import Problem
 from bayling_delta.sampling import Sample
 from bayling_delta.sources import file_size
+from bayling_delta.tensors import TORCH_NAMES
 
 __all__ = ["Facts", "Sizes", "find_oddities"]
 
-_TORCH_NAMES: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _QUANTISED: Final = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map)")
 """The names of GPTQ, AWQ and bitsandbytes."""
 _LEAST_NORMALS: Final = 512
@@ -121,8 +121,8 @@ def _config(facts: Facts) -> Iterator[Odd]:
 
 def _dtype(facts: Facts) -> Iterator[Odd]:
     said = facts.config.get("dtype") or facts.config.get("torch_dtype")  # transformers 5, and older ones
-    stored = _TORCH_NAMES.get(facts.dtype)
-    if stored is None or said not in _TORCH_NAMES.values() or said == stored:
+    stored = TORCH_NAMES.get(facts.dtype)
+    if stored is None or said not in TORCH_NAMES.values() or said == stored:
         return
     if (stored, said) == ("bfloat16", "float16"):
         # convert_llama_weights_to_hf.py of transformers 4.33 and later loads in bfloat16, then writes float16 into

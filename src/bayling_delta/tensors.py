@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DTYPES", "FLOATS", "TensorRef", "natural_key", "row_major"]
+__all__ = ["DTYPES", "FLOATS", "TORCH_NAMES", "TensorRef", "natural_key", "row_major"]
 
 DTYPES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1,
@@ -17,6 +17,9 @@ DTYPES: dict[str, int] = {
 
 FLOATS = ("F16", "BF16", "F32")
 """What a recipe adds and a result may have."""
+
+TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""What torch, config.json and the command line call the dtypes that have fractions."""
 
 
 @dataclass(frozen=True, slots=True)

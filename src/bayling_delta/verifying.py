@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bayling_delta import engine
 from bayling_delta.adding import Difference
-from bayling_delta.applying import additions_on
+from bayling_delta.applying import additions_on, result_digests
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -20,7 +22,7 @@ from bayling_delta.expectations import (
     read_manifest,
     sums_problems,
 )
-from bayling_delta.manifest import MANIFEST_NAME, TensorDigest, parse_digest, weights_digest
+from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
 from bayling_delta.sources import exists, is_directory
@@ -77,10 +79,7 @@ def verify(
         outcome = engine.run(plan, None, threads=threads, additions=additions_on(device), progress=progress)
         problems += [*outcome.damage, *against_sum(plan, outcome.differences)]
         compared.append({"what": "every element", "against": "the sum of base and delta", "outcome": "match"})
-        digest = weights_digest(
-            TensorDigest(tensor.name, tensor.dtype, tensor.shape, outcome.result.tensors[tensor.name])
-            for tensor in plan.tensors
-        )
+        digest = weights_digest(result_digests(plan, outcome))
     if not expectations and not compared:
         open_checkpoint(model)
         message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
@@ -196,17 +195,9 @@ def against_sum(plan: Plan, found: dict[str, Difference]) -> list[Problem]:
         tensor = shapes[name]
         where = f"{tensor.model.file}: {name}" if tensor.model else name
         values = "; ".join(
-            f"{list(_index(place, tensor.shape))}: {model!r}, the sum is {total!r}"
+            f"{[int(index) for index in np.unravel_index(place, tensor.shape)]}: {model!r}, the sum is {total!r}"
             for place, total, model in difference.first
         )
         count = f"{difference.count:,} of {tensor.delta.elements:,} elements differ"
         problems.append(Problem("model", where, f"{count}: {values}"))
     return problems
-
-
-def _index(place: int, shape: Sequence[int]) -> Sequence[int]:
-    index: list[int] = []
-    for size in reversed(shape):
-        place, within = divmod(place, size)
-        index.insert(0, within)
-    return index

@@ -16,7 +16,6 @@ from bayling_delta.reads import Gather, Mark, ReadList, Span
 from bayling_delta.sources import Source, changed, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import TensorRef
-from bayling_delta.zip_records import Record
 
 __all__ = ["Digester", "Piece", "Reader", "RecordChecker", "Window", "allocate"]
 
@@ -96,7 +95,8 @@ class RecordChecker:
             for record in step.records
         }
         self._open: dict[tuple[Path, str], tuple[int, int]] = {}
-        self.damaged: list[tuple[Path, Record]] = []
+        self.damaged: set[tuple[Path, str]] = set()
+        """Files, and names of their records."""
 
     def update(self, file: Path, buffer: memoryview, pieces: Sequence[Piece]) -> None:
         """Take in the next bytes of each record."""
@@ -112,7 +112,7 @@ class RecordChecker:
             if done < record.size:
                 self._open[key] = value, done
             elif value != record.crc32:
-                self.damaged.append((file, record))
+                self.damaged.add(key)
 
 
 class _Cutter:
