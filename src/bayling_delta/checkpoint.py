@@ -201,22 +201,21 @@ def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
         ]
     if not isinstance(weight_map, dict):
         return {}, [Problem("index", str(path), "is not a shard index: it has no weight_map")]
-    files: _Files = {}
-    problems: list[Problem] = []
+    placed: dict[str, list[str]] = {}
+    strange: list[tuple[str, object]] = []
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not stays_in_directory(name):
-            problems.append(
-                Problem(
-                    "unsafe_name", str(path), f"places {tensor[:80]!r} in {str(name)[:80]!r}, outside its directory"
-                )
-            )
-            continue
-        tensors = files.setdefault(name, [])
-        if tensors is not None:
-            tensors.append(tensor)
-    if not files and not problems:
+        if isinstance(name, str):
+            placed.setdefault(name, []).append(tensor)
+        else:
+            strange.append((tensor, name))
+    strange += [(tensors[0], name) for name, tensors in placed.items() if not stays_in_directory(name)]
+    problems = [
+        Problem("unsafe_name", str(path), f"places {tensor[:80]!r} in {str(name)[:80]!r}, outside its directory")
+        for tensor, name in strange
+    ]
+    if not weight_map:
         problems.append(Problem("index", str(path), "names no tensors"))
-    return files, problems
+    return {name: tensors for name, tensors in placed.items() if stays_in_directory(name)}, problems
 
 
 def _lone_shard(path: Path) -> list[Problem]:

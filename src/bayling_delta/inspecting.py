@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -16,12 +17,12 @@ import numpy as np
 
 from bayling_delta.checkpoint import EMBEDDING, JSON_CAP, Checkpoint, is_rotary_buffer, survey
 from bayling_delta.errors import CheckpointError, Problem
-from bayling_delta.oddities import Facts, Sizes, find_oddities
-from bayling_delta.sampling import Sample, is_norm, kind_of, take_samples
+from bayling_delta.oddities import Facts, Odd, Sizes, find_oddities
+from bayling_delta.sampling import Sample, by_kind, is_norm, take_samples
 from bayling_delta.sources import file_size, read_file
 from bayling_delta.tensors import FLOATS, TensorRef, natural_key
 
-__all__ = ["describe", "inspect_checkpoint"]
+__all__ = ["Look", "describe", "inspect_checkpoint", "look_at"]
 
 _SIZES: Final = (
     "num_hidden_layers",
@@ -37,6 +38,25 @@ _PIECES_CAP: Final = 16 << 20
 """Bytes of a tokenizer.model; LLaMA's has half a million."""
 _NORMS_ADD_ONE: Final = ("gemma", "qwen3_next")
 """Architectures whose norms multiply by 1 + weight: a full model's weights may lie around zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a checkpoint shows, short of the tables that only a description needs."""
+
+    looks_like: str
+    """``delta``, ``full model`` or ``unknown``."""
+    reasons: tuple[str, ...]
+    norms: Mapping[str, Any] | None
+    """Figures of the norm weights; None where there are none."""
+    rows: Mapping[str, Any] | None
+    """Figures of the sampled rows of large tensors."""
+    architecture: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    kinds: Mapping[str, Sequence[str]]
+    """The names of the tensors by kind."""
+    sampled_bytes: int
+    odd: Sequence[Odd]
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -56,19 +76,51 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
 
 def describe(checkpoint: Checkpoint, problems: list[Problem]) -> dict[str, Any]:
     """The same for a checkpoint that is open, and ``problems`` of what of it could not be opened."""
+    look = look_at(checkpoint, problems)
+    tensors = checkpoint.tensors
+    return {
+        "schema": "bayling-delta/inspect/1",
+        "ok": True,
+        "looks_like": look.looks_like,
+        "reasons": list(look.reasons),
+        "signs": {"norms": look.norms, "rows": look.rows},
+        "container": checkpoint.container,
+        "files": _files(checkpoint),
+        "tensors": len(tensors),
+        "parameters": sum(ref.elements for ref in checkpoint.weights.values()),
+        "dtypes": _dtypes(tensors),
+        "architecture": look.architecture,
+        "tied_embeddings": checkpoint.tied,
+        "rotary_buffers": sum(map(is_rotary_buffer, tensors)),
+        "kinds": _kinds(tensors, look.kinds),
+        "tokenizer": look.tokenizer,
+        "sampled_bytes": look.sampled_bytes,
+        "odd": look.odd,
+    }
+
+
+def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
+    """Read the files beside the weights, the small tensors and rows of large ones, and judge them.
+
+    ``problems`` are those of what could not be opened; what cannot be read of the rest is added to them.
+
+    Raises:
+        CheckpointError: the system cannot read a file.
+    """
     complete = not problems and not re.search(r"-of-\d+\.", checkpoint.path.name)
     tensors = checkpoint.tensors
     tables = {name: _read_table(checkpoint.directory / name, problems) for name in _TOKENIZER_TABLES}
     tokenizer = _tokenizer(checkpoint.directory, tables)
-    dtypes, kinds, architecture = _dtypes(tensors), _kinds(tensors), _architecture(checkpoint)
-    small, rows = take_samples(tensors)
+    kinds = by_kind(tensors)
+    architecture = _architecture(checkpoint, kinds)
+    small, rows = take_samples(tensors, kinds)
     norms = _norm_figures([sample for sample in small if is_norm(sample.name, tensors[sample.name])])
     magnitudes = _row_figures(rows)
+    looks_like, reasons = _verdict(norms, magnitudes, architecture["model_type"] or "")
     facts = Facts(
         checkpoint,
         problems,
         complete,
-        dtypes[0]["dtype"],
         architecture["model_type"],
         architecture["config"],
         architecture["shapes"],
@@ -77,24 +129,17 @@ def describe(checkpoint: Checkpoint, problems: list[Problem]) -> dict[str, Any]:
         small,
         rows,
     )
-    return {
-        "schema": "bayling-delta/inspect/1",
-        "ok": True,
-        **_verdict(norms, magnitudes, architecture["model_type"] or ""),
-        "signs": {"norms": norms, "rows": magnitudes},
-        "container": checkpoint.container,
-        "files": _files(checkpoint),
-        "tensors": len(tensors),
-        "parameters": sum(ref.elements for ref in checkpoint.weights.values()),
-        "dtypes": dtypes,
-        "architecture": architecture,
-        "tied_embeddings": checkpoint.tied,
-        "rotary_buffers": sum(map(is_rotary_buffer, tensors)),
-        "kinds": kinds,
-        "tokenizer": tokenizer,
-        "sampled_bytes": sum(sample.bits.nbytes for sample in (*small, *rows)),
-        "odd": find_oddities(facts),
-    }
+    return Look(
+        looks_like,
+        reasons,
+        norms,
+        magnitudes,
+        architecture,
+        tokenizer,
+        kinds,
+        sum(sample.bits.nbytes for sample in (*small, *rows)),
+        find_oddities(facts),
+    )
 
 
 # what the headers say
@@ -116,9 +161,11 @@ def _dtypes(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
     return sorted(table.values(), key=lambda entry: (-entry["bytes"], entry["dtype"]))
 
 
-def _kinds(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
+def _kinds(tensors: Mapping[str, TensorRef], kinds: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Tensors that differ in nothing but the numbers in their names, counted."""
-    counts = Counter((kind_of(name), ref.dtype, ref.shape) for name, ref in tensors.items())
+    counts = Counter(
+        (kind, tensors[name].dtype, tensors[name].shape) for kind, names in kinds.items() for name in names
+    )
     return [
         {"name": name, "count": count, "dtype": dtype, "shape": list(shape), "parameters": count * math.prod(shape)}
         for (name, dtype, shape), count in sorted(counts.items(), key=lambda item: (natural_key(item[0][0]), item[0]))
@@ -128,7 +175,7 @@ def _kinds(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
 # the architecture
 
 
-def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
+def _architecture(checkpoint: Checkpoint, kinds: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Class and sizes, as config.json has them and as the shapes show them; None where either does not tell."""
     config = checkpoint.config or {}
     classes = config.get("architectures")
@@ -136,7 +183,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
         "class": _text(classes[0]) if isinstance(classes, list) and classes else None,
         "model_type": _text(config.get("model_type")),
         "config": _sizes_by_config(config),
-        "shapes": _sizes_by_shapes(checkpoint.tensors, config),
+        "shapes": _sizes_by_shapes(checkpoint.tensors, kinds, config),
     }
 
 
@@ -147,16 +194,20 @@ def _sizes_by_config(config: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
-def _sizes_by_shapes(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Sizes:
+def _sizes_by_shapes(
+    tensors: Mapping[str, TensorRef], kinds: Mapping[str, Sequence[str]], config: Mapping[str, Any]
+) -> Sizes:
     """The sizes of a model with LLaMA's names.
 
     Heads can be counted only where their dimension is known: from a rotary buffer, or from config.json.
     """
-    shapes = {kind_of(name): ref.shape for name, ref in tensors.items() if ref.dtype in FLOATS}
-    layers = {found[1] for name in tensors if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    layers = {
+        name.split(".", 3)[2] for kind, names in kinds.items() if kind.startswith("model.layers.*.") for name in names
+    }
 
-    def size(name: str, axis: int = 0, rank: int = 2) -> int | None:
-        shape = shapes.get(name, ())
+    def size(kind: str, axis: int = 0, rank: int = 2) -> int | None:
+        refs = (tensors[name] for name in kinds.get(kind, ()))
+        shape = next((ref.shape for ref in refs if ref.dtype in FLOATS), ())
         return shape[axis] if len(shape) == rank else None
 
     layer = "model.layers.*."
@@ -282,7 +333,9 @@ def _row_figures(rows: Sequence[Sample]) -> dict[str, Any] | None:
     }
 
 
-def _verdict(norms: Mapping[str, Any] | None, rows: Mapping[str, Any] | None, model_type: str) -> dict[str, Any]:
+def _verdict(
+    norms: Mapping[str, Any] | None, rows: Mapping[str, Any] | None, model_type: str
+) -> tuple[str, tuple[str, ...]]:
     """What the norms show, which decides, and how large the weights are, which does not."""
     looks_like, reasons = "unknown", []
     if norms is None:
@@ -300,7 +353,7 @@ def _verdict(norms: Mapping[str, Any] | None, rows: Mapping[str, Any] | None, mo
             f"rows of {rows['tensors']} large tensors: typical magnitude {rows['magnitude']:.2g} "
             "(a full LLaMA has 0.01 to 0.05, deltas to it far less)"
         )
-    return {"looks_like": looks_like, "reasons": reasons}
+    return looks_like, tuple(reasons)
 
 
 def _norm_sign(norms: Mapping[str, Any], *, others_zero: bool) -> tuple[str, str]:

@@ -4,7 +4,7 @@ Each check yields what it finds. The oddities are those that the conversions and
 the source of each stands beside it.
 """
 
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from bayling_delta.sampling import Sample
 from bayling_delta.sources import file_size
 from bayling_delta.tensors import TORCH_NAMES
 
-__all__ = ["Facts", "Sizes", "find_oddities"]
+__all__ = ["Facts", "Odd", "Sizes", "find_oddities"]
 
-_QUANTISED: Final = re.compile(r"(.*\.)?(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map)")
-"""The names of GPTQ, AWQ and bitsandbytes."""
+_QUANTISED: Final = tuple(".qweight .qzeros .scales .g_idx .SCB .absmax .quant_map".split())
+"""How the names of GPTQ, AWQ and bitsandbytes end."""
 _LEAST_NORMALS: Final = 512
 """Normal float16 numbers from which low bits that are all zero are no accident: one number in eight has them."""
 
@@ -41,8 +41,6 @@ class Facts:
     """What is wrong with the parts that could not be read."""
     complete: bool
     """Whether these are all tensors of the model, as far as can be told."""
-    dtype: str
-    """That of most bytes."""
     model_type: str | None
     by_config: Sizes
     by_shapes: Sizes
@@ -52,6 +50,14 @@ class Facts:
     """The tokenizer's JSON files by name, empty where absent."""
     small: Sequence[Sample]
     rows: Sequence[Sample]
+
+    @property
+    def dtype(self) -> str:
+        """That of most bytes."""
+        sizes: Counter[str] = Counter()
+        for ref in self.checkpoint.tensors.values():
+            sizes[ref.dtype] += ref.nbytes
+        return min(sizes, key=lambda dtype: (-sizes[dtype], dtype))
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -121,7 +127,8 @@ def _config(facts: Facts) -> Iterator[Odd]:
 
 def _dtype(facts: Facts) -> Iterator[Odd]:
     said = facts.config.get("dtype") or facts.config.get("torch_dtype")  # transformers 5, and older ones
-    stored = TORCH_NAMES.get(facts.dtype)
+    dtype = facts.dtype
+    stored = TORCH_NAMES.get(dtype)
     if stored is None or said not in TORCH_NAMES.values() or said == stored:
         return
     if (stored, said) == ("bfloat16", "float16"):
@@ -130,7 +137,7 @@ def _dtype(facts: Facts) -> Iterator[Odd]:
         what = f"says float16, but the weights are stored as BF16. {_ROUNDED}"
         yield _odd("bfloat16", facts.config_path, what)
     else:
-        yield _odd("dtype", facts.config_path, f"says {said}; most weights are stored as {facts.dtype}")
+        yield _odd("dtype", facts.config_path, f"says {said}; most weights are stored as {dtype}")
 
 
 def _llama(facts: Facts) -> Iterator[Odd]:
@@ -198,7 +205,7 @@ def _quantised(facts: Facts) -> Iterator[Odd]:
     names = [
         name
         for name, ref in facts.checkpoint.tensors.items()
-        if _QUANTISED.fullmatch(name) or (ref.dtype in ("I8", "U8") and len(ref.shape) == 2)
+        if name.endswith(_QUANTISED) or (ref.dtype in ("I8", "U8") and len(ref.shape) == 2)
     ]
     if names:
         what = f"has {len(names):,} tensors of quantised weights ({_listed(names, 2)}); deltas need the original ones"

@@ -48,19 +48,19 @@ def parse(source: Source) -> dict[str, TensorRef]:
         raise _damaged(path, "__metadata__ is not a table of strings")
 
     start = 8 + length
-    refs = [(name, *_entry(path, start, name, entry)) for name, entry in entries.items()]
-    refs.sort(key=lambda item: (item[1].offset, item[2]))
+    refs = {name: _entry(path, start, name, entry) for name, entry in entries.items()}
     position = start
-    for name, ref, end in refs:
-        if ref.offset != position:
-            wrong = "overlaps the tensor before it" if ref.offset < position else "leaves a hole before it"
+    in_order = sorted((ref.offset, ref.nbytes, name) for name, ref in refs.items())
+    for offset, nbytes, name in in_order:
+        if offset != position:
+            wrong = "overlaps the tensor before it" if offset < position else "leaves a hole before it"
             raise _damaged(path, f"{name} {wrong}")
-        position = end
+        position += nbytes
     if source.size < position:
         raise _short(path, source.size, position)
     if source.size > position:
         raise _damaged(path, f"has {source.size - position:,} bytes after its last tensor")
-    return {name: ref for name, ref, _ in refs}
+    return {name: refs[name] for _, _, name in in_order}
 
 
 def _load_header(path: Path, text: bytes) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def _load_header(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[TensorRef, int]:
-    """One tensor's reference, and the byte after its last, both from the start of the file."""
+def _entry(path: Path, start: int, name: str, entry: Any) -> TensorRef:
+    """One tensor's reference; ``start`` is where the data begin."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"{name} lacks one of dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -91,7 +91,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[TensorRef, in
     ref = TensorRef(path, start + offsets[0], dtype, tuple(shape))
     if ref.nbytes != offsets[1] - offsets[0]:
         raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {offsets[1] - offsets[0]:,}")
-    return ref, start + offsets[1]
+    return ref
 
 
 def _counts(values: object) -> bool:

@@ -1,5 +1,6 @@
 """A few elements of a checkpoint: its small tensors, and rows of some large ones, within a fixed number of bytes."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -10,9 +11,9 @@ import numpy.typing as npt
 from bayling_delta.checkpoint import EMBEDDING, HEAD, is_rotary_buffer
 from bayling_delta.gathering import tiles
 from bayling_delta.sources import open_source
-from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, natural_key, row_major
+from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, row_major
 
-__all__ = ["Sample", "is_norm", "kind_of", "take_samples"]
+__all__ = ["Sample", "by_kind", "is_norm", "take_samples"]
 
 # 512 x 16,384 + 32 x 8 x 512 elements of at most four bytes are below 35 MB.
 _NORMS: Final = 384
@@ -57,41 +58,47 @@ def is_norm(name: str, ref: TensorRef) -> bool:
     return len(ref.shape) == 1 and name.endswith("norm.weight")
 
 
-def kind_of(name: str) -> str:
-    """A tensor's name with the number of its layer, and of its expert, replaced by ``*``."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a dotted name that is a number."""
 
 
-def take_samples(tensors: Mapping[str, TensorRef]) -> tuple[list[Sample], list[Sample]]:
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ in nothing but numbers, of layers or experts, under that name with ``*`` for the numbers.
+
+    Kinds and names are sorted, as plain strings: there may be 100,000.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return dict(sorted(kinds.items()))
+
+
+def take_samples(
+    tensors: Mapping[str, TensorRef], kinds: Mapping[str, Sequence[str]]
+) -> tuple[list[Sample], list[Sample]]:
     """Read the small tensors, norms before others, and rows of large ones of every kind; return both.
 
-    What is read depends on names and shapes alone, not on the container. Rotary buffers are left out.
+    ``kinds`` are those of the tensors. What is read depends on names and shapes alone, not on the container.
+    Rotary buffers are left out.
 
     Raises:
         CheckpointError: the system cannot read a file.
     """
-    known = {
-        name: ref
-        for name, ref in sorted(tensors.items(), key=lambda item: natural_key(item[0]))
-        if ref.dtype in FLOATS and ref.elements and not is_rotary_buffer(name)
-    }
-    norms = [name for name, ref in known.items() if is_norm(name, ref)]
-    others = [name for name, ref in known.items() if len(ref.shape) < 2 and not is_norm(name, ref)]
-    small = [*_spread(norms, _NORMS), *_spread(others, _OTHER_SMALL)]
-    large = [*_large(known), *(name for name in (EMBEDDING, HEAD) if name in known and len(known[name].shape) > 1)]
+    norms: list[str] = []
+    others: list[str] = []
+    large: list[str] = []
+    for names in kinds.values():
+        known = [name for name in names if tensors[name].dtype in FLOATS and tensors[name].elements]
+        if known and not is_rotary_buffer(known[0]):
+            norms += [name for name in known if is_norm(name, tensors[name])]
+            others += [name for name in known if len(tensors[name].shape) < 2 and not is_norm(name, tensors[name])]
+            large += _spread([name for name in known if len(tensors[name].shape) > 1], 2)  # from different depths
+    ends = [name for name in large if name in (EMBEDDING, HEAD)]
     return (
-        [_read(name, known[name], [_whole(known[name])]) for name in small],
-        [_read(name, known[name], _rows(known[name])) for name in dict.fromkeys(large)],
+        [_read(name, tensors[name], [_whole(tensors[name])]) for name in _spread(norms, _NORMS)]
+        + [_read(name, tensors[name], [_whole(tensors[name])]) for name in _spread(others, _OTHER_SMALL)],
+        [_read(name, tensors[name], _rows(tensors[name])) for name in dict.fromkeys((*_spread(large, _LARGE), *ends))],
     )
-
-
-def _large(known: Mapping[str, TensorRef]) -> list[str]:
-    """Two tensors of every kind, from different depths, as far as the number goes."""
-    kinds: dict[str, list[str]] = {}
-    for name, ref in known.items():
-        if len(ref.shape) > 1:
-            kinds.setdefault(kind_of(name), []).append(name)
-    return _spread([name for names in kinds.values() for name in _spread(names, 2)], _LARGE)
 
 
 def _spread(items: Sequence[_Item], most: int) -> list[_Item]:

@@ -4,15 +4,13 @@ These are signs, not proofs: each refusal can be overruled with ``--allow KIND``
 only noted.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from bayling_delta.checkpoint import Checkpoint, directory_of
 from bayling_delta.companions import foreign_files
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.expectations import read_manifest
-from bayling_delta.inspecting import describe
+from bayling_delta.inspecting import Look, look_at
 from bayling_delta.manifest import MANIFEST_NAME
 from bayling_delta.sources import exists
 
@@ -28,13 +26,13 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
     Raises:
         CheckpointError: the system cannot read a file.
     """
-    base_look, delta_look = describe(base, []), describe(delta, [])
+    base_look, delta_look = look_at(base, []), look_at(delta, [])
     problems: list[Problem] = []
-    if base_look["looks_like"] == "delta":
-        message = f"looks like a delta, and a base is a whole model: {base_look['reasons'][0]}"
+    if base_look.looks_like == "delta":
+        message = f"looks like a delta, and a base is a whole model: {base_look.reasons[0]}"
         problems.append(Problem("looks_like_delta", str(base.path), message))
-    if delta_look["looks_like"] == "full model":
-        message = f"looks like a full model, to which nothing needs to be added: {delta_look['reasons'][0]}"
+    if delta_look.looks_like == "full model":
+        message = f"looks like a full model, to which nothing needs to be added: {delta_look.reasons[0]}"
         problems.append(Problem("looks_like_model", str(delta.path), message))
     if len(problems) == 2:
         problems = [replace(problem, message=f"{problem.message}; are base and delta swapped?") for problem in problems]
@@ -45,20 +43,18 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
     for side, look in (("base", base_look), ("delta", delta_look)):
         problems += [
             Problem("non_finite", f"{odd['where']} of the {side}", odd["message"])
-            for odd in look["odd"]
+            for odd in look.odd
             if odd["kind"] == "non_finite"
         ]
     problems += [
         Problem("tokenizer", str(delta.directory), f"its tokenizer {odd['message']}")
-        for odd in delta_look["odd"]
+        for odd in delta_look.odd
         if (odd["kind"], odd["where"]) == ("vocabulary", "tokenizer")
     ]
     problems += [
-        Problem("architecture", odd["where"], odd["message"])
-        for odd in delta_look["odd"]
-        if odd["kind"] == "architecture"
+        Problem("architecture", odd["where"], odd["message"]) for odd in delta_look.odd if odd["kind"] == "architecture"
     ]
-    notes = [f"{odd['where']}: {odd['message']}" for odd in base_look["odd"] if odd["kind"] in _NOTED]
+    notes = [f"{odd['where']}: {odd['message']}" for odd in base_look.odd if odd["kind"] in _NOTED]
     if delta.config is None:
         notes.append(f"{delta.directory / 'config.json'}: is not there; the result needs one before it can be loaded")
     if foreign := foreign_files(delta):
@@ -66,9 +62,8 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
     return problems, notes
 
 
-def _is_all_zero(look: Mapping[str, Any]) -> bool:
-    rows, norms = look["signs"]["rows"], look["signs"]["norms"]
-    read = [figures for figures in (rows, norms) if figures]
+def _is_all_zero(look: Look) -> bool:
+    read = [figures for figures in (look.rows, look.norms) if figures]
     return bool(read) and not any(
         figures.get("magnitude") or figures.get("standard_deviation") or figures.get("mean") for figures in read
     )
