@@ -120,7 +120,7 @@ def apply(
     """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
 
     The options are those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes
-    out depends on none of the others: ``threads``, ``direct`` (past the page cache, where the system has that),
+    out depends on none of the others: ``threads``, ``direct`` (past the page cache, where that is faster),
     ``device`` (``cpu``, ``cuda`` or ``cuda:N``). ``out`` appears when it is complete and synced; if anything
     fails, it does not appear. ``tell`` is given what a user should know of the inputs, a sentence at a time.
 
@@ -141,7 +141,7 @@ def apply(
         "apply", plan.recipe, {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
     )
     with staged_directory(out) as directory:
-        with closing(DirectorySink(directory, direct=direct)) as sink:
+        with closing(DirectorySink(directory, plan.output_bytes, direct=direct)) as sink:
             outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
         refuse(_result_problems(plan, outcome, out, wanted), allow)
         return _write_down(plan, outcome, directory, wanted, head)

@@ -81,27 +81,29 @@ def run(
     *,
     threads: int = DEFAULT_THREADS,
     direct: bool = True,
+    digests: bool = True,
     additions: Additions = make_addition,
     progress: Progress | None = None,
 ) -> Outcome:
     """Add base and delta as planned; give the result to ``sink``, if any, and compare it with the plan's model, if any.
 
-    Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` asks for reads past the page
-    cache where the system has them. ``additions`` makes the addition for dtypes: the CPU's, or that of `gpu`.
+    Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` allows reads past the page
+    cache, where they are faster. Without ``digests`` nothing is digested or checked, and the outcome has none: for
+    measurements alone. ``additions`` makes the addition for dtypes: the CPU's, or that of `gpu`.
     The result does not depend on any of these.
 
     Raises:
         CheckpointError: an input cannot be read, or is not what the plan was made of.
         OutputError: from the sink.
     """
-    flow = _Flow(threads, direct)
+    flow = _Flow(threads, direct, digests)
     adding = Station()
-    tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors})
-    files = Digester({file.name: file.size for file in plan.files})
-    users = [
-        flow.station(lambda window: tensors.update(window.buffer, window.tensors)),
-        flow.station(lambda window: _digest_file(files, window)),
-    ]
+    tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors} if digests else {})
+    files = Digester({file.name: file.size for file in plan.files} if digests else {})
+    users: list[Station] = []
+    if digests:
+        users.append(flow.station(lambda window: tensors.update(window.buffer, window.tensors)))
+        users.append(flow.station(lambda window: _digest_file(files, window)))
     if sink is not None:
         users.append(flow.station(lambda window: _hand_over(sink, window)))
     adder = Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users))
@@ -140,7 +142,7 @@ def digest(
     Raises:
         CheckpointError: it cannot be read, or changes meanwhile.
     """
-    flow = _Flow(threads, direct)
+    flow = _Flow(threads, direct, digests=True)
     found = flow.read("model", checkpoint, reads, budget, None)
     flow.run(lambda: progress(min(found.reader.done_bytes, reads.nbytes), reads.nbytes) if progress else None)
     return found.digests(), found.damage()
@@ -152,9 +154,10 @@ def digest(
 class _Flow:
     """The crew, the windows, and what fills and digests them, for one run."""
 
-    def __init__(self, threads: int, direct: bool) -> None:
+    def __init__(self, threads: int, direct: bool, digests: bool) -> None:
         self._crew = Crew(threads)
         self._direct = direct
+        self._digests = digests
         self._lock = threading.Lock()
         self._free: list[Window] = []
         self._readers: list[Reader] = []
@@ -168,9 +171,12 @@ class _Flow:
     ) -> "_Input":
         """Have a checkpoint read and digested, and every window given to ``then`` too."""
         reader = Reader(reads, {file.path: file.stamp for file in checkpoint.files}, budget.tile_bytes, self._direct)
-        found = _Input(reader, Digester(reads.files), Digester(reads.tensors), RecordChecker(reads))
-        users = [self.station(found.check_files)]
-        if reads.tensors:
+        files, tensors = (reads.files, reads.tensors) if self._digests else ({}, {})
+        found = _Input(reader, Digester(files), Digester(tensors), RecordChecker(reads))
+        users: list[Station] = []
+        if self._digests:
+            users.append(self.station(found.check_files))
+        if tensors:
             users.append(self.station(found.check_tensors))
         if then is not None:
             users.append(then)
@@ -188,8 +194,10 @@ class _Flow:
         return Station(handle)
 
     def share(self, window: Window, users: Sequence[Station]) -> None:
-        """Give a window to several stations, each of which will release it."""
+        """Give a window to several stations, each of which will release it; to none, and it goes home."""
         window.users = len(users)
+        if not users:
+            self._crew.post(window.home, window)
         for user in users:
             self._crew.post(user, window)
 

@@ -7,8 +7,10 @@ synced it is renamed to ``NAME``. Nothing that exists is ever replaced. An `OSEr
 import errno
 import hashlib
 import json
+import mmap
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -16,12 +18,13 @@ from pathlib import Path
 
 from bayling_delta import system
 from bayling_delta.errors import OutputError, Problem
-from bayling_delta.sources import Source, read_bytes
+from bayling_delta.sources import CLEARLY, Source, read_bytes
 from bayling_delta.system import ALIGNMENT
 
 __all__ = [
     "FileWriter",
     "copy_file",
+    "direct_writes_pay",
     "is_inside",
     "new_file_problems",
     "output_problems",
@@ -32,6 +35,11 @@ __all__ = [
 
 _LONGEST_NAME = 255
 """Bytes; what nearly all file systems allow."""
+_TRIED_BYTES = 2 << 30
+"""Outputs of at least so many bytes are worth trials of how they are written best."""
+_TRIALS = 3
+_TRIAL_BYTES = 4 << 20
+_TRIAL_PIECE = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -199,6 +207,39 @@ def copy_file(source: Source, path: Path) -> tuple[int, str]:
             system.calls.close(handle)
     source.check_unchanged()
     return done, digest.hexdigest()
+
+
+def direct_writes_pay(directory: Path, output_bytes: int) -> bool:
+    """Whether a large output is best written past the page cache: unless trials show that through it is clearly faster.
+
+    The trials write a few MiB both ways into a file of their own, which is removed.
+
+    Raises:
+        OutputError: the system refuses to write here.
+    """
+    if not system.calls.direct_io or output_bytes < _TRIED_BYTES:
+        return system.calls.direct_io
+    data = memoryview(mmap.mmap(-1, _TRIAL_BYTES))
+    data[:] = os.urandom(_TRIAL_BYTES)  # zeros are special to some file systems
+    path = directory / "trial"
+    return not all(
+        _write_seconds(path, data, direct=False) * CLEARLY < _write_seconds(path, data, direct=True)
+        for _ in range(_TRIALS)
+    )
+
+
+def _write_seconds(path: Path, data: memoryview, *, direct: bool) -> float:
+    writer = FileWriter(path, len(data), direct=direct)
+    try:
+        start = time.perf_counter()
+        for offset in range(0, len(data), _TRIAL_PIECE):
+            writer.write(data[offset : offset + _TRIAL_PIECE], offset, _TRIAL_PIECE)
+        writer.finish()
+        return time.perf_counter() - start
+    finally:
+        writer.close()
+        with _reported(path):
+            system.calls.remove_file(path)
 
 
 class FileWriter:

@@ -13,7 +13,7 @@ from bayling_delta.errors import CheckpointError
 from bayling_delta.gathering import tiles
 from bayling_delta.plan import OutputFile
 from bayling_delta.reads import Gather, Mark, ReadList, Span
-from bayling_delta.sources import Source, changed, open_source
+from bayling_delta.sources import Source, changed, open_fastest, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import TensorRef
 
@@ -174,7 +174,7 @@ class Reader:
         self._leave()
 
     def _span(self, span: Span, window: Window) -> Generator[None, Window, Window]:
-        source = self._enter(span.file, direct=self._direct)
+        source = self._enter(span.file, window.buffer if self._direct else None)
         tensors = _Cutter(span.tensors)
         records = _Cutter([Mark(record.name, record.offset, record.offset + record.size) for record in span.records])
         position = span.start
@@ -195,7 +195,7 @@ class Reader:
         return window
 
     def _gather(self, gather: Gather, window: Window) -> Generator[None, Window, Window]:
-        source = self._enter(gather.ref.file, direct=False)
+        source = self._enter(gather.ref.file, None)
         for tile in tiles(source, gather.ref, self._tile_bytes):
             for start in range(0, tile.nbytes, len(window.buffer)):
                 count = min(len(window.buffer), tile.nbytes - start)
@@ -207,11 +207,12 @@ class Reader:
                 window = yield
         return window
 
-    def _enter(self, path: Path, *, direct: bool) -> Source:
-        """The open file; the one before it is closed."""
-        if self._source is None or self._source.path != path or (self._source.direct and not direct):
+    def _enter(self, path: Path, scratch: memoryview | None) -> Source:
+        """The open file; the one before it is closed. Without ``scratch`` it is read through the page cache."""
+        if self._source is None or self._source.path != path or (self._source.direct and scratch is None):
             self._leave()
-            self._source = self._open.enter_context(open_source(path, direct=direct))
+            opened = open_source(path) if scratch is None else open_fastest(path, scratch)
+            self._source = self._open.enter_context(opened)
             if self._source.stamp != self._stamps[path]:
                 raise CheckpointError(changed(path))
         return self._source
