@@ -1,7 +1,7 @@
 """The addition: tensor by tensor, over whatever of base, delta, result and model lies in memory together."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ __all__ = ["Adder", "Additions", "Difference"]
 
 _BOUNCE_BYTES: Final = 64 << 10
 """What is copied at once of a tensor that lies at an odd address."""
+_BLANK_ELEMENTS: Final = 64 << 10
 _FIRST_DIFFERENCES: Final = 3
 Additions = Callable[[str, str, str], Operation]
 """(base, delta and result dtype) -> the addition for them."""
@@ -46,7 +47,9 @@ class Adder:
         additions: Additions,
         release: Callable[[Window], None],
         emit: Callable[[Window], None],
+        means: Mapping[str, Array],
     ) -> None:
+        """``means``: the mean of the base's rows, for the tensors that it stands in for rows of."""
         self.done_bytes = 0
         self.non_finite: dict[str, int] = {}
         self.differences: dict[str, Difference] = {}
@@ -56,6 +59,7 @@ class Adder:
         self._arrived: dict[str, deque[Window]] = {stream: deque() for stream in (*_INPUTS, "result")}
         self._current: dict[str, Window | None] = dict.fromkeys((*_INPUTS, "result"))
         self._bounce = {stream: np.empty(_BOUNCE_BYTES, np.uint8) for stream in _INPUTS}
+        self._means = means
         self._operations: dict[tuple[str, str, str], Operation] = {}
         self._work = self._all(files)
         self._wanted: str | None = next(self._work)
@@ -101,14 +105,18 @@ class Adder:
 
     def _tensor(self, file: OutputFile, tensor: OutputTensor, position: int) -> _Wait:
         """Add one tensor; ``position`` is its first byte's in the file."""
-        dtypes = (tensor.base.dtype, tensor.delta.dtype, tensor.dtype)
-        operation = self._operations.get(dtypes)
-        if operation is None:
-            operation = self._operations[dtypes] = self._additions(*dtypes)
         item_bytes = DTYPES[tensor.dtype]
-        done, elements, found = 0, tensor.base.elements, 0
+        elements, found = tensor.delta.elements, 0
+        held = tensor.base.elements if tensor.base else 0
+        done = 0
         while done < elements:
-            base = yield from self._elements("base", tensor.base, done)
+            if tensor.base is not None and done < held:
+                base = yield from self._elements("base", tensor.base, done)
+                base = base[: held - done]
+                operation = self._operation(tensor.base.dtype, tensor)
+            else:
+                base = self._instead(tensor, done)
+                operation = self._operation(tensor.delta.dtype, tensor)
             delta = yield from self._elements("delta", tensor.delta, done)
             window = yield from self._room(file, position)
             start = position - window.origin
@@ -127,6 +135,22 @@ class Adder:
             done += count
         if found:
             self.non_finite[tensor.name] = found
+
+    def _operation(self, base_dtype: str, tensor: OutputTensor) -> Operation:
+        dtypes = (base_dtype, tensor.delta.dtype, tensor.dtype)
+        operation = self._operations.get(dtypes)
+        if operation is None:
+            operation = self._operations[dtypes] = self._additions(*dtypes)
+        return operation
+
+    def _instead(self, tensor: OutputTensor, done: int) -> Array:
+        """What is added from a tensor's ``done``-th element on, where the base has none; in the delta's dtype."""
+        if tensor.stand_in == "mean" and tensor.base is not None:
+            return self._means[tensor.name][done % tensor.shape[-1] :]
+        blank = np.zeros(_BLANK_ELEMENTS, STORED[tensor.delta.dtype])
+        if tensor.stand_in != "zero" or tensor.base is None:
+            blank.view(np.uint8)[blank.itemsize - 1 :: blank.itemsize] = 0x80  # -0.0: adding it changes nothing
+        return blank
 
     def _compare(self, tensor: OutputTensor, done: int, result: Array, model: Array) -> None:
         places = differing(result, model, tensor.dtype)

@@ -12,7 +12,8 @@ from bayling_delta.adding import Additions
 from bayling_delta.arithmetic import make_addition
 from bayling_delta.checkpoint import Checkpoint, directory_of, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
-from bayling_delta.errors import BaylingDeltaError, Problem, refuse
+from bayling_delta.errors import BaylingDeltaError, CheckpointError, Problem, refuse
+from bayling_delta.expectations import read_manifest
 from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
 from bayling_delta.manifest import (
     MANIFEST_NAME,
@@ -30,12 +31,13 @@ from bayling_delta.manifest import (
 from bayling_delta.model_card import model_card
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_plan
 from bayling_delta.reads import ReadList
+from bayling_delta.recipes import PLAIN, RECIPES, Recipe
 from bayling_delta.sinks import DirectorySink
-from bayling_delta.sources import open_source
+from bayling_delta.sources import exists, open_source
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
-__all__ = ["additions_on", "apply", "plan_apply", "plan_document", "result_digests"]
+__all__ = ["additions_on", "apply", "plan_apply", "plan_document", "recipe_of", "result_digests"]
 
 _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
@@ -46,6 +48,7 @@ def plan_apply(
     delta: Path,
     out: Path,
     *,
+    recipe: str | None = None,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
@@ -53,6 +56,7 @@ def plan_apply(
 ) -> Plan:
     """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
 
+    ``recipe`` is the name of one of `RECIPES`, None to take that of the delta's own manifest, or else ``plain``.
     ``dtype`` is F16, BF16 or F32 to cast the result, None to keep the delta's; sizes are in bytes; ``allow``
     names the kinds of problem to overrule.
 
@@ -60,6 +64,9 @@ def plan_apply(
         BaylingDeltaError: with everything that can be seen to be wrong.
     """
     problems: list[Problem] = []
+    chosen = PLAIN
+    with _collected(problems):
+        chosen = recipe_of(recipe, delta)
     with _collected(problems):
         base_checkpoint = open_checkpoint(base)
     with _collected(problems):
@@ -83,6 +90,7 @@ def plan_apply(
     plan = make_plan(
         base_checkpoint,
         delta_checkpoint,
+        recipe=chosen,
         dtype=dtype,
         max_shard_size=max_shard_size,
         memory_limit=memory_limit,
@@ -90,6 +98,24 @@ def plan_apply(
         allowed=allow,
     )
     return replace(plan, notes=(*plan.notes, *notes))
+
+
+def recipe_of(name: str | None, made: Path) -> Recipe:
+    """The recipe named, else that of the manifest beside ``made``, a delta or a result; else ``plain``.
+
+    Raises:
+        CheckpointError: the manifest cannot be read, or names a recipe that is not known here.
+    """
+    if name is not None:
+        return RECIPES[name]
+    manifest = directory_of(made) / MANIFEST_NAME
+    if not exists(manifest):
+        return PLAIN
+    written = read_manifest(manifest).recipe
+    if written is not None and written not in RECIPES:
+        message = f"names the recipe {written[:80]!r}, and this version knows {', '.join(RECIPES)}"
+        raise CheckpointError(Problem("record", str(manifest), message))
+    return RECIPES[written] if written else PLAIN
 
 
 @contextmanager
@@ -106,6 +132,7 @@ def apply(
     delta: Path,
     out: Path,
     *,
+    recipe: str | None = None,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
@@ -131,14 +158,21 @@ def apply(
     """
     wanted = parse_digest(expect) if expect is not None else None
     plan = plan_apply(
-        base, delta, out, dtype=dtype, max_shard_size=max_shard_size, memory_limit=memory_limit, allow=allow
+        base,
+        delta,
+        out,
+        recipe=recipe,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        memory_limit=memory_limit,
+        allow=allow,
     )
     for note in plan.notes:
         if tell is not None:
             tell(note)
     additions = additions_on(device)
     head = manifest_head(
-        "apply", plan.recipe, {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
+        "apply", plan.recipe.name, {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
     )
     with staged_directory(out) as directory:
         with closing(DirectorySink(directory, plan.output_bytes, direct=direct)) as sink:
@@ -260,7 +294,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "schema": "bayling-delta/plan/1",
         "ok": True,
         "operation": "apply",
-        "recipe": plan.recipe,
+        "recipe": plan.recipe.name,
         "inputs": {
             "base": _reads_section(plan.base, plan.base_reads),
             "delta": _reads_section(plan.delta, plan.delta_reads),

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["STORED", "Array", "Operation", "as_float", "differing", "make_addition"]
+__all__ = ["STORED", "Array", "Operation", "as_float", "differing", "make_addition", "widen"]
 
 Array = npt.NDArray[Any]
 Operation = Callable[[Array, Array, Array], int]
@@ -58,7 +58,7 @@ def differing(one: Array, other: Array, dtype: str) -> npt.NDArray[np.intp]:
 
 def as_float(element: Any, dtype: str) -> float:
     """The value of one stored element."""
-    return float(_widen(np.array([element], STORED[dtype]), dtype)[0])
+    return float(widen(np.array([element], STORED[dtype]), dtype)[0])
 
 
 def _settle_non_finite(array: Array, dtype: str) -> int:
@@ -151,7 +151,7 @@ def _make_fast(base_dtype: str, delta_dtype: str, out_dtype: str) -> Operation:
 # numpy's way
 
 
-def _widen(values: Array, dtype: str) -> npt.NDArray[np.float32]:
+def widen(values: Array, dtype: str) -> npt.NDArray[np.float32]:
     """As float32, which holds every float16 and bfloat16 exactly; always a copy."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
@@ -176,9 +176,9 @@ def _make_exact(base_dtype: str, delta_dtype: str, out_dtype: str) -> Operation:
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, out.size, _BLOCK_ELEMENTS):
                 piece = slice(start, start + _BLOCK_ELEMENTS)
-                left = _widen(_round(_widen(base[piece], base_dtype), delta_dtype), delta_dtype)
-                total = _round(left + _widen(delta[piece], delta_dtype), delta_dtype)
-                out[piece] = _round(_widen(total, delta_dtype), out_dtype)
+                left = widen(_round(widen(base[piece], base_dtype), delta_dtype), delta_dtype)
+                total = _round(left + widen(delta[piece], delta_dtype), delta_dtype)
+                out[piece] = _round(widen(total, delta_dtype), out_dtype)
         return _settle_non_finite(out, out_dtype)
 
     return add
@@ -223,7 +223,7 @@ def _adds_right(dtype: str) -> bool:
 def _casts_right(dtype: str, out_dtype: str) -> bool:
     """The same for a cast, with float32 values on, just above and just below what the narrower dtypes hold."""
     if dtype == "F32":
-        held = np.concatenate([_widen(_finite_patterns(kind), kind) for kind in ("F16", "BF16")]).view(np.uint32)
+        held = np.concatenate([widen(_finite_patterns(kind), kind) for kind in ("F16", "BF16")]).view(np.uint32)
         steps = (held + np.uint32(step) for step in (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001))
         values: Array = np.concatenate(list(steps)).view(np.float32)
         values = values[np.isfinite(values)]
@@ -232,7 +232,7 @@ def _casts_right(dtype: str, out_dtype: str) -> bool:
     ours = np.empty(values.size, STORED[out_dtype])
     _fast_cast(ours, values, dtype, out_dtype)
     with np.errstate(over="ignore"):
-        return ours.tobytes() == _round(_widen(values, dtype), out_dtype).tobytes()
+        return ours.tobytes() == _round(widen(values, dtype), out_dtype).tobytes()
 
 
 def _finite_patterns(dtype: str) -> Array:

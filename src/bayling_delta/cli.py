@@ -27,6 +27,7 @@ from bayling_delta.errors import (
     Problem,
     UsageError,
 )
+from bayling_delta.recipes import RECIPES
 from bayling_delta.tensors import FLOATS, TORCH_NAMES
 
 __all__ = ["main"]
@@ -133,6 +134,13 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_recipe = click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="How the delta is added, by the release's rule. [default: what the delta's manifest says, else plain]",
+)
+
+
 def _working(command: Callable[..., None]) -> Callable[..., None]:
     """The options of the commands that pass all weights through memory."""
     threads = click.IntRange(1, 256)
@@ -148,6 +156,7 @@ def _working(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--base", type=_PATH, required=True, help="The model that the delta was made against.")
 @click.option("--delta", type=_PATH, required=True, help="The published delta.")
 @click.option("--out", type=_PATH, required=True, help="The directory to make; it must not exist yet.")
+@_recipe
 @click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="Cast the result, once. [default: the delta's]")
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes of tensors in a file.")
 @click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add: cpu, cuda, cuda:N.")
@@ -160,6 +169,7 @@ def apply(
     base: Path,
     delta: Path,
     out: Path,
+    recipe: str | None,
     dtype: str | None,
     max_shard_size: int,
     device: str,
@@ -186,6 +196,7 @@ def apply(
 
     started = time.monotonic()
     options: dict[str, Any] = {
+        "recipe": recipe,
         "dtype": _DTYPES[dtype] if dtype else None,
         "max_shard_size": max_shard_size,
         "memory_limit": memory_limit,
@@ -206,6 +217,7 @@ def apply(
 @click.option("--against", metavar="X", help="A weights digest, a manifest, or a directory with one.")
 @click.option("--base", type=_PATH, help="With --delta: make the sum anew, and compare every element.")
 @click.option("--delta", type=_PATH, help="With --base.")
+@_recipe
 @click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="What the sum was cast to, if no manifest says so.")
 @click.option("--load", is_flag=True, help="Also load it with transformers, and have it say a few words.")
 @click.option("--load-in-8bit", "eight_bit", is_flag=True, help="The same in 8 bit, where bitsandbytes is installed.")
@@ -217,6 +229,7 @@ def verify(
     against: str | None,
     base: Path | None,
     delta: Path | None,
+    recipe: str | None,
     dtype: str | None,
     load: bool,
     eight_bit: bool,
@@ -243,14 +256,16 @@ def verify(
 
     if (base is None) != (delta is None):
         raise click.UsageError("--base and --delta go together")
-    if dtype is not None and base is None:
-        raise click.UsageError("--dtype is of the sum that --base and --delta make anew")
+    for option, value in (("--dtype", dtype), ("--recipe", recipe)):
+        if value is not None and base is None:
+            raise click.UsageError(f"{option} is of the sum that --base and --delta make anew")
     with _progress("verify", quiet) as progress:
         document = verifying.verify(
             model,
             against=against,
             base=base,
             delta=delta,
+            recipe=recipe,
             dtype=_DTYPES[dtype] if dtype else None,
             memory_limit=memory_limit,
             threads=threads,

@@ -17,6 +17,7 @@ from bayling_delta.arithmetic import make_addition
 from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.crew import Crew, Station
 from bayling_delta.errors import Problem
+from bayling_delta.growing import mean_rows
 from bayling_delta.plan import Budget, OutputFile, Plan
 from bayling_delta.reads import ReadList
 from bayling_delta.torch_format import record_damage
@@ -106,7 +107,8 @@ def run(
         users.append(flow.station(lambda window: _digest_file(files, window)))
     if sink is not None:
         users.append(flow.station(lambda window: _hand_over(sink, window)))
-    adder = Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users))
+    means = mean_rows(plan.tensors)
+    adder = Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users), means)
     adding.handle = adder.take
     flow.supply("result", plan.budget, adding)
     base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding)

@@ -128,6 +128,8 @@ KINDS: dict[str, Kind] = {
     "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),
     "shape": Kind(MismatchError, "base and delta disagree about a tensor's shape"),
     "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
+    "recipe": Kind(MismatchError, "base and delta fit together by another recipe"),
+    "vocabulary": Kind(MismatchError, "the base has the rows already that the recipe would add", allow=True),
     "looks_like_delta": Kind(MismatchError, "the base looks like a delta", allow=True),
     "looks_like_model": Kind(MismatchError, "the delta looks like a full model", allow=True),
     "all_zero": Kind(MismatchError, "everything that was read of the base is zero", allow=True),

@@ -46,6 +46,8 @@ class Expectation:
     """What a result was cast to, where it was."""
     operation: str | None = None
     """What the manifest was written by."""
+    recipe: str | None = None
+    """How the sum was made, where it was."""
 
 
 def read_manifest(path: Path) -> Expectation:
@@ -69,12 +71,13 @@ def read_manifest(path: Path) -> Expectation:
         names = [_name(entry["name"]) for entry in result["files"]]
         files = {entry["name"]: ExpectedFile(*_file(entry)) for entry in result["files"]}
         recorded = parse_digest(result["weights_digest"])
-        dtype, operation = document["options"]["dtype"], document["operation"]
+        dtype, operation, recipe = document["options"]["dtype"], document["operation"], document.get("recipe")
         wrong = [
             (document["ok"] is not True, "it does not say that all went well"),
             (weights_digest(tensors.values()) != recorded, "its tensors' digests do not add up to its weights digest"),
             (len(files) != len(names), "it has a file twice"),
             (dtype not in (None, *FLOATS), "it names a dtype that no result has"),
+            (not isinstance(recipe, str | None), "its recipe is no name"),
             (
                 result["parameters"] != sum(math.prod(tensor.shape) for tensor in tensors.values()),
                 "its tensors' shapes do not add up to its parameters",
@@ -90,7 +93,7 @@ def read_manifest(path: Path) -> Expectation:
     for is_wrong, what in wrong:
         if is_wrong:
             raise CheckpointError(Problem("record", str(path), f"contradicts itself: {what}"))
-    return Expectation(str(path), recorded, tensors, files, dtype, operation)
+    return Expectation(str(path), recorded, tensors, files, dtype, operation, recipe)
 
 
 def _unplaced(result: Mapping[str, Any], files: Mapping[str, ExpectedFile]) -> str:

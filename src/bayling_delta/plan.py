@@ -14,11 +14,13 @@ import numpy as np
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
 from bayling_delta.errors import Problem, refuse
 from bayling_delta.gathering import tiles
+from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
+from bayling_delta.recipes import PLAIN, Recipe
 from bayling_delta.safetensors_format import lay_out
 from bayling_delta.sources import open_source
 from bayling_delta.system import ALIGNMENT
-from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, natural_key
+from bayling_delta.tensors import DTYPES, TensorRef
 
 __all__ = [
     "DEFAULT_MEMORY_LIMIT",
@@ -52,8 +54,11 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    base: TensorRef
+    base: TensorRef | None
+    """None where the delta alone has the tensor. It may have fewer rows than the delta."""
     delta: TensorRef
+    stand_in: StandIn = "nothing"
+    """What is added where the base has no elements."""
     model: TensorRef | None = None
     """What an existing model has in its place, where the sum is to be compared with one."""
 
@@ -92,7 +97,7 @@ class Budget:
 class Plan:
     """A complete description of a run."""
 
-    recipe: str
+    recipe: Recipe
     base: Checkpoint
     delta: Checkpoint
     model: Checkpoint | None
@@ -119,6 +124,7 @@ def make_plan(
     base: Checkpoint,
     delta: Checkpoint,
     *,
+    recipe: Recipe = PLAIN,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
@@ -126,30 +132,37 @@ def make_plan(
     also: Sequence[Problem] = (),
     allowed: Iterable[str] = (),
 ) -> Plan:
-    """Pair two checkpoints by the recipe ``plain`` and lay out the result.
+    """Pair two checkpoints by a recipe and lay out the result.
 
-    ``plain`` adds tensors of one name and shape, in the delta's dtype. ``dtype`` (F16, BF16 or F32) casts
-    the result once more. ``model`` is what the result will be compared with, if anything. ``also`` are
-    problems found elsewhere, to be told together with those found here. Source: BayLing, apply_delta.py.
+    ``dtype`` (F16, BF16 or F32) casts the result once more. ``model`` is what the result will be compared with,
+    if anything. ``also`` are problems found elsewhere, to be told together with those found here.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
     """
     base_weights, delta_weights = base.weights, delta.weights
-    problems = [*also, *pair_problems(base, base_weights, delta, delta_weights)]
+    problems = [*also, *pair_problems(base, delta, recipe)]
     problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
     refuse(problems, allowed)
 
     model_weights = counted_weights(model) if model else {}
     tensors = [
-        OutputTensor(name, dtype or ref.dtype, ref.shape, base_weights[name], ref, model_weights.get(name))
+        OutputTensor(
+            name,
+            dtype or ref.dtype,
+            ref.shape,
+            base_weights.get(name),
+            ref,
+            stand_in(recipe),
+            model_weights.get(name),
+        )
         for name, ref in in_stored_order(delta_weights)
     ]
     if model:
         refuse(model_problems(model, model_weights, tensors))
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
-    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed])
+    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed if tensor.base])
     delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed])
     model_reads: ReadList | None = None
     if model:
@@ -157,38 +170,10 @@ def make_plan(
     streams = [reads for reads in (base_reads, delta_reads, model_reads) if reads]
     budget = make_budget(memory_limit, streams, outputs=1)
     notes = base.notes + delta.notes
-    return Plan("plain", base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
+    return Plan(recipe, base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
 
 
-# pairing
-
-
-def pair_problems(
-    base: Checkpoint, base_weights: dict[str, TensorRef], delta: Checkpoint, delta_weights: dict[str, TensorRef]
-) -> list[Problem]:
-    """Everything that keeps two tables of tensors from being added name by name."""
-    problems = [
-        Problem("missing_tensor", str(here.path), f"lacks {name}, which the {other} has ({weights[name]}){advice}")
-        for here, other, weights, mine, advice in (
-            (base, "delta", delta_weights, base_weights, "; is this the right base for the delta?"),
-            (delta, "base", base_weights, delta_weights, "; is a shard missing, or the base of another kind?"),
-        )
-        for name in sorted(weights.keys() - mine.keys(), key=natural_key)
-    ]
-    for name, right in delta_weights.items():
-        left = base_weights.get(name)
-        if left is None:
-            continue
-        if left.shape != right.shape:
-            problems.append(
-                Problem("shape", name, f"{left} in the base, {right} in the delta; is this the right base and release?")
-            )
-        problems += [
-            Problem("dtype", name, f"is {ref.dtype} in the {side}; {', '.join(FLOATS)} can be added")
-            for ref, side in ((left, "base"), (right, "delta"))
-            if ref.dtype not in FLOATS
-        ]
-    return problems
+# the model to compare with, and tied weights
 
 
 def model_problems(

@@ -10,7 +10,7 @@ import numpy as np
 
 from bayling_delta import engine
 from bayling_delta.adding import Difference
-from bayling_delta.applying import additions_on, result_digests
+from bayling_delta.applying import additions_on, recipe_of, result_digests
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -36,6 +36,7 @@ def verify(
     against: str | None = None,
     base: Path | None = None,
     delta: Path | None = None,
+    recipe: str | None = None,
     dtype: str | None = None,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     threads: int = DEFAULT_THREADS,
@@ -48,9 +49,10 @@ def verify(
 
     Without more, the model is compared with the manifest and SHA256SUMS beside it. ``against`` is a weights
     digest, a manifest's file, or a directory with one. ``base`` and ``delta`` together have the sum made anew
-    and compared element by element; ``dtype`` (F16, BF16 or F32) is what the result was cast to, if it was and
-    the model's manifest does not say so. ``load`` also loads the model with transformers and generates a few
-    tokens; it adds to a comparison and does not replace one. ``device`` is where the sum is made and the model loaded.
+    and compared element by element; ``recipe`` is how it was made, and ``dtype`` (F16, BF16 or F32) what the
+    result was cast to, where the model's manifest does not say so. ``load`` also loads the model with
+    transformers and generates a few tokens; it adds to a comparison and does not replace one. ``device`` is
+    where the sum is made and the model loaded.
 
     Raises:
         IntegrityError: with everything in which the model is not what it should be.
@@ -75,7 +77,7 @@ def verify(
         readable = found.tensors is not None
         digest = weights_digest(found.tensors.values()) if found.tensors is not None else None
     if base is not None and delta is not None and readable:
-        plan = _plan_comparison(model, base, delta, dtype, memory_limit)
+        plan = _plan_comparison(model, base, delta, recipe, dtype, memory_limit)
         outcome = engine.run(plan, None, threads=threads, additions=additions_on(device), progress=progress)
         problems += [*outcome.damage, *against_sum(plan, outcome.differences)]
         compared.append({"what": "every element", "against": "the sum of base and delta", "outcome": "match"})
@@ -123,7 +125,9 @@ def _comparison(expected: Expectation) -> dict[str, Any]:
     return {"what": ", ".join(parts), "against": expected.source, "outcome": "match"}
 
 
-def _plan_comparison(model: Path, base: Path, delta: Path, dtype: str | None, memory_limit: int) -> Plan:
+def _plan_comparison(
+    model: Path, base: Path, delta: Path, recipe: str | None, dtype: str | None, memory_limit: int
+) -> Plan:
     """The plan of the sum that a model claims to be."""
     problems: list[Problem] = []
     opened: list[Checkpoint] = []
@@ -136,7 +140,8 @@ def _plan_comparison(model: Path, base: Path, delta: Path, dtype: str | None, me
     manifest = directory_of(model) / MANIFEST_NAME
     if dtype is None and exists(manifest):
         dtype = read_manifest(manifest).dtype
-    return make_plan(opened[0], opened[1], dtype=dtype, memory_limit=memory_limit, model=opened[2])
+    chosen = recipe_of(recipe, model)
+    return make_plan(opened[0], opened[1], recipe=chosen, dtype=dtype, memory_limit=memory_limit, model=opened[2])
 
 
 def against_expectations(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:
