@@ -45,6 +45,16 @@ def test_documents_keep_to_their_schemas(place: Path, capsys: pytest.CaptureFixt
     check(printed(capsys, "verify", place / "out", *pair[:4], "--load"), "verify")
 
 
+def test_what_is_known_of_releases_keeps_to_its_schemas(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(printed(capsys, "releases"), "releases")
+    for name in ("bayling-7b-diff", "llama-7b", "minigpt-4"):
+        document = printed(capsys, "releases", name)
+        check(document, "releases")
+        check(document["release"], "release")
+    (place / "manifest.json").write_text(json.dumps(printed(capsys, "record", place / "base")))
+    check(printed(capsys, "releases", "--from-manifest", place / "manifest.json"), "release")
+
+
 FAILURES = [
     (["apply", "--base", "base"], "usage"),
     (["apply", "--base", "absent", "--delta", "absent", "--out", "o"], "checkpoint"),
@@ -53,6 +63,8 @@ FAILURES = [
     (["verify", "base"], "no_record"),
     (["apply", "--base", "base", "--delta", "delta", "--out", "base"], "output"),
     (["nonsense"], "usage"),
+    (["releases", "nonsense"], "usage"),
+    (["releases", "--registry", "base"], "checkpoint"),
 ]
 
 

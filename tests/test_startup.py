@@ -29,8 +29,13 @@ def modules_after(*words: str) -> set[str]:
 
 
 def test_help_imports_almost_nothing() -> None:
-    for words in (["--help"], ["apply", "--help"], ["--version"]):
-        assert not modules_after(*words) & {*HEAVY, "numpy", "numkong", "tqdm", "huggingface_hub"}
+    registry = {"bayling_delta.releases", "bayling_delta.release_entry"}
+    for words in (["--help"], ["apply", "--help"], ["releases", "--help"], ["--version"]):
+        assert not modules_after(*words) & {*HEAVY, *registry, "numpy", "numkong", "tqdm", "huggingface_hub"}
+
+
+def test_the_registry_is_shown_without_heavy_libraries() -> None:
+    assert not modules_after("releases", "bayling-7b-diff") & {*HEAVY, "numkong", "tqdm", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry-run", "apply"])

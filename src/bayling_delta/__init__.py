@@ -9,10 +9,14 @@ __all__ = [
     "Checkpoint",
     "Plan",
     "Problem",
+    "Recipe",
+    "Registry",
+    "Release",
     "TensorRef",
     "__version__",
     "apply",
     "inspect_checkpoint",
+    "load_releases",
     "make_plan",
     "open_checkpoint",
     "plan_apply",
@@ -28,7 +32,10 @@ if TYPE_CHECKING:
     from bayling_delta.inspecting import inspect_checkpoint
     from bayling_delta.manifest import weights_digest
     from bayling_delta.plan import Plan, make_plan
+    from bayling_delta.recipes import Recipe
     from bayling_delta.recording import record
+    from bayling_delta.release_entry import Release
+    from bayling_delta.releases import Registry, load_releases
     from bayling_delta.tensors import TensorRef
     from bayling_delta.verifying import verify
 
@@ -37,9 +44,13 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Plan": "plan",
     "Problem": "errors",
+    "Recipe": "recipes",
+    "Registry": "releases",
+    "Release": "release_entry",
     "TensorRef": "tensors",
     "apply": "applying",
     "inspect_checkpoint": "inspecting",
+    "load_releases": "releases",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
     "plan_apply": "applying",

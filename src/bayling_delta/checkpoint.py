@@ -325,13 +325,13 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one table.
+def read_table(path: Path, limit: int = JSON_CAP) -> dict[str, Any]:
+    """Read a JSON file of up to ``limit`` bytes that holds one table.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
-    data = read_file(path, JSON_CAP)
+    data = read_file(path, limit)
     try:
         table = load_strict(data)
     except ValueError as error:

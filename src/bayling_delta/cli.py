@@ -322,6 +322,59 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
     _show(document, report.inspected_text(document, path), as_json=as_json, quiet=quiet)
 
 
+@commands.command()
+@click.argument("name", required=False)
+@click.option(
+    "--registry", "extra", multiple=True, type=_PATH, metavar="FILE", help="Add an entry of your own. Repeatable."
+)
+@click.option(
+    "--from-manifest", type=_PATH, metavar="FILE", help="Print the entry that a manifest makes, for --registry."
+)
+@click.option(
+    "--name", "entry_name", metavar="NAME", help="With --from-manifest: the entry's name. [default: the file's]"
+)
+@click.option("--equals", metavar="NAME", help="With --from-manifest: the release whose weights these are.")
+@_common
+def releases(
+    name: str | None,
+    extra: tuple[Path, ...],
+    from_manifest: Path | None,
+    entry_name: str | None,
+    equals: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Tell which releases are known, what is on record of them, and from where.
+
+    Without NAME all are listed. NAME is a release, another name of it, or its id on the Hub: its files and their
+    digests, its recipe, licence and prompt are told, the source of each, and what nobody has published.
+
+    \b
+    Examples:
+      bayling-delta releases
+      bayling-delta releases bayling-7b-diff
+      bayling-delta releases --from-manifest my-llama.json --equals llama-7b > entry.json
+      bayling-delta releases my-llama --registry entry.json
+    """  # noqa: D301  # click looks for the character
+    from bayling_delta import registering
+    from bayling_delta.releases import load_releases
+
+    if from_manifest is None and (entry_name or equals):
+        raise click.UsageError("--name and --equals go with --from-manifest")
+    if from_manifest is not None and name:
+        raise click.UsageError("NAME and --from-manifest do not go together; --name names the new entry")
+    registry = load_releases(extra)
+    if from_manifest is not None:
+        document = registering.entry_from_manifest(from_manifest, registry, name=entry_name, equals=equals)
+        _show(document, "", as_json=True, quiet=quiet)
+    elif name:
+        document = registering.release_document(registry, registry.get(name))
+        _show(document, report.release_text(document), as_json=as_json, quiet=quiet)
+    else:
+        document = registering.releases_document(registry)
+        _show(document, report.releases_text(document), as_json=as_json, quiet=quiet)
+
+
 # showing
 
 

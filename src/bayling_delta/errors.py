@@ -123,6 +123,7 @@ KINDS: dict[str, Kind] = {
     "unsafe_name": Kind(CheckpointError, "a name that leaves its directory or cannot be written"),
     "index": Kind(CheckpointError, "the index and the shards disagree"),
     "record": Kind(CheckpointError, "a manifest or list of digests cannot be used"),
+    "registry": Kind(CheckpointError, "an entry of the registry of releases cannot be used"),
     "changed": Kind(CheckpointError, "an input changed while it was read"),
     # 4: base and delta do not belong together
     "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),

@@ -17,6 +17,8 @@ __all__ = [
     "plan_text",
     "readable",
     "recorded_text",
+    "release_text",
+    "releases_text",
     "size_text",
     "to_json",
     "usage_document",
@@ -26,6 +28,7 @@ __all__ = [
 _MOST_PROBLEMS: Final = 20
 _MOST_FILES: Final = 12
 _MOST_KINDS: Final = 40
+_FEW_FILES: Final = 4
 
 
 def size_text(count: int) -> str:
@@ -183,6 +186,11 @@ def inspected_text(document: dict[str, Any], path: Path) -> str:
         ("odd", _first(odd, _MOST_PROBLEMS) or ["nothing was found"]),
         ("read", [f"{size_text(document['sampled_bytes'])} of the weights"]),
     ]
+    return _blocks_text(blocks)
+
+
+def _blocks_text(blocks: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Blocks of lines below each other, each line wrapped, the name of a block beside its first."""
     rows = [(name if not place else "", line) for name, lines in blocks for place, line in enumerate(lines)]
     return _table([(name if not place else "", part) for name, line in rows for place, part in enumerate(_wrap(line))])
 
@@ -215,6 +223,137 @@ def _tokenizer_line(tokenizer: dict[str, Any]) -> str:
     known = [tokenizer["class"]] if tokenizer["class"] else []
     known += [f"{tokenizer['vocabulary']:,} tokens"] if tokenizer["vocabulary"] is not None else []
     return "; ".join([*known, ", ".join(tokenizer["files"])])
+
+
+_KIND_WORDS: Final = {
+    "base": "base: a model that deltas are made against",
+    "delta": "delta: to be added to its base",
+    "full": "full weights: nothing to apply",
+    "xor": "XOR files: to be combined with the base's files byte by byte, which is not done here",
+    "other": "no weights of its own to rebuild",
+}
+
+
+def releases_text(document: dict[str, Any]) -> str:
+    """What ``releases`` says."""
+    rows = [("release", "kind", "base", "recipe", "recorded")]
+    rows += [
+        (
+            entry["name"],
+            entry["kind"],
+            ", ".join(entry["bases"]),
+            entry["recipe"] or "",
+            _recorded_words(entry["recorded"]),
+        )
+        for entry in document["releases"]
+    ]
+    lines = [readable(line) for line in _columns(rows, "<<<<<")]
+    last = "recorded: weight files of which a digest is on record, in the form of which most is"
+    return "\n".join([*lines, "", last, "'bayling-delta releases NAME' tells all that is known of one, and from where"])
+
+
+def _recorded_words(recorded: dict[str, int]) -> str:
+    return f"{recorded['files']} of {recorded['of']}" if recorded["of"] else ""
+
+
+def release_text(document: dict[str, Any]) -> str:
+    """What ``releases NAME`` says, for 100 columns; what stands in brackets names sources."""
+    entry, recipe = document["release"], document["recipe"]
+    blocks = [
+        ("release", [entry["name"]]),
+        ("", [entry["title"]]),
+        ("kind", [_KIND_WORDS[entry["kind"]] + _keys(entry)]),
+        ("also called", [", ".join(entry["aliases"])] if entry["aliases"] else []),
+        ("base", [" or ".join(entry["bases"])] if entry["bases"] else []),
+        ("recipe", [f"{recipe['name']}: {recipe['summary']} ({recipe['source']})"] if recipe else []),
+        *((name, [entry[name]] if entry[name] else []) for name in ("result", "equals")),
+        ("related", [", ".join(entry["related"])] if entry["related"] else []),
+        ("weights", _weights_lines(entry)),
+        *(("form", _form_lines(form)) for form in entry["forms"]),
+        ("unrecorded", [f"- {what}" for what in entry["unrecorded"]]),
+        ("tokenizer", _tokenizer_lines(entry["tokenizer"])),
+        ("prompt", _prompt_lines(entry["prompt"])),
+        ("memory", _memory_lines(entry["memory"])),
+        ("licence", _licence_lines(entry["licence"])),
+        ("notes", [f"- {note['about']}: {note['text']}{_keys(note)}" for note in entry["notes"]]),
+        ("sources", [f"- {key}: {text}" for key, text in entry["sources"].items()]),
+    ]
+    return _blocks_text(blocks)
+
+
+def _keys(fact: dict[str, Any]) -> str:
+    return f" [{', '.join(fact['source'])}]" if fact["source"] else ""
+
+
+def _weights_lines(entry: dict[str, Any]) -> list[str]:
+    weights, sizes = entry["weights"], entry["architecture"]
+    lines: list[str] = []
+    if weights:
+        what = f"{weights['parameters']:,} parameters in {_count(weights['tensors'], 'tensor')}, {weights['dtype']}"
+        lines += [f"{what}, {weights['tensor_bytes']:,} bytes{_keys(weights)}"]
+        lines += [f"weights digest {weights['digest'] or 'not on record'}"]
+    if sizes:
+        words = ", ".join(f"{word} {sizes[size]:,}" for size, word in _SIZE_WORDS.items())
+        lines += [f"{words}{_keys(sizes)}"]
+    return lines
+
+
+def _form_lines(form: dict[str, Any]) -> list[str]:
+    """One form of a release: what it is, where it is found, and its weight files with the beginning of a digest."""
+    weights = [file for file in form["files"] if file["name"].endswith((".bin", ".safetensors", ".pth"))]
+    recorded = [file for file in weights if file["sha256"] or file["md5"]]
+    rows = [(file["name"], _stored(file), _digest_words(file)) for file in recorded]
+    others = len(form["files"]) - len(weights)
+    keys = dict.fromkeys(key for fact in (form, *form["files"]) for key in fact["source"])
+    lines = [f"{form['title']} ({form['container']}) [{', '.join(keys)}]"]
+    lines += [f"on the Hub: {', '.join(form['hub'])}"] if form["hub"] else []
+    lines += [f"  {line}" for line in _first(_columns(rows, "<><") if rows else [], _MOST_FILES)]
+    if without := [f"{file['name']} {_stored(file)}".rstrip() for file in weights if file not in recorded]:
+        few = len(without) <= _FEW_FILES
+        named = ", ".join(without) if few else f"{len(without)} of {_count(len(weights), 'weight file')}"
+        lines.append(f"  no digest is on record of {named}")
+    return [*lines, f"  and {_count(others, 'other file')}, which --json lists"] if others else lines
+
+
+def _stored(file: dict[str, Any]) -> str:
+    return f"{file['size']:,} bytes" if file["size"] is not None else file["about"] or ""
+
+
+def _digest_words(file: dict[str, Any]) -> str:
+    """The beginning of one of its digests: enough to find it with, and to see a difference."""
+    algorithm = "sha256" if file["sha256"] else "md5"
+    return f"{algorithm} {file[algorithm][0][:16]}…"
+
+
+def _tokenizer_lines(tokenizer: dict[str, Any] | None) -> list[str]:
+    if tokenizer is None:
+        return []
+    known = [f"{tokenizer['tokens']:,} tokens"]
+    known += [tokenizer["tokenizer_class"]] if tokenizer["tokenizer_class"] else []
+    known += [f"{name} {text}" for name, text in tokenizer["special_tokens"].items()]
+    known += [f"added {text} as {number}" for text, number in tokenizer["added"].items()]
+    return [", ".join(known) + _keys(tokenizer)]
+
+
+def _memory_lines(memory: dict[str, Any] | None) -> list[str]:
+    return [f"{memory['eight_bit_gb']:g} GB of GPU memory in 8 bit{_keys(memory)}"] if memory else []
+
+
+def _licence_lines(licence: dict[str, Any] | None) -> list[str]:
+    return [", ".join(licence["names"]) + _keys(licence), licence["text"]] if licence else []
+
+
+def _prompt_lines(prompt: dict[str, Any] | None) -> list[str]:
+    if prompt is None:
+        return []
+    lines = [f"{prompt['name']} ({'; '.join(prompt['source'])})"]
+    lines += [f"system text: {prompt['system']!r}"]
+    if not prompt["chat_template"]:
+        lines += ["its whole form is not on record here"]
+    if prompt["generation"]:
+        lines += [", ".join(f"{name} {value}" for name, value in prompt["generation"].items())]
+    lines += [f"where it says {said}, put {meant}" for said, meant in prompt["placeholders"].items()]
+    return lines
 
 
 def _count(number: int, what: str) -> str:
