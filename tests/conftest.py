@@ -1,6 +1,8 @@
 """Settings for all tests."""
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +11,9 @@ from hypothesis import settings
 # The machines that run these are shared: a slow moment is no fault.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# Nothing here may ask the Hub or touch a user's cache; huggingface_hub reads these when it is imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.gettempdir() + "/no-cache-of-the-hub"}
 
 
 @pytest.fixture(autouse=True)

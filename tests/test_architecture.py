@@ -8,9 +8,9 @@ import bayling_delta
 
 SOURCE = Path(bayling_delta.__file__).parent
 ORDER = """
-errors system tensors sources files arithmetic gpu strict_json safetensors_format zip_records state_pickle
-torch_format checkpoint recipes release_entry releases manifest companions expectations gathering sampling oddities
-inspecting suspicions reads pairing plan growing crew windows adding engine sinks model_card loading applying
+errors system tensors sources downloads files arithmetic gpu strict_json safetensors_format zip_records state_pickle
+torch_format checkpoint recipes release_entry releases manifest companions hub expectations gathering sampling
+oddities inspecting suspicions reads pairing plan growing crew windows adding engine sinks model_card loading applying
 recording verifying registering report cli __main__
 """.split()
 
@@ -47,6 +47,8 @@ def test_duties_have_one_home() -> None:
     assert users_of(r"\bclick\.echo\(|\bprint\(") == {"cli"}
     assert users_of(r"import numkong") == {"arithmetic"}
     assert users_of(r"import (torch|transformers)\b") == {"gpu", "loading"}
+    assert users_of(r"(from|import) huggingface_hub\b") == {"hub", "plan"}  # plan has it cut shards
+    assert users_of(r"^\s*(from|import) (socket|urllib\.request|http|httpx2?|requests)\b") == set()
     assert users_of(r"\bimport pickle\b|\bpickle\.(load|Unpickler)") == set()
     disk = r"\bos\.(open|pread|preadv|read|write|pwrite|stat|lstat|listdir|unlink|remove|rename|mkdir|rmdir|fsync)\("
     assert users_of(disk) - {"cli"} == {"system"}

@@ -51,5 +51,7 @@ def test_verify_record_and_inspect_do_not_import_torch(tmp_path: Path) -> None:
     pair = ["--base", str(base), "--delta", str(delta)]
     out = str(tmp_path / "out")
     modules_after("apply", *pair, "--out", out)
+    for words in (["verify", out], ["record", out], ["inspect", str(base)]):
+        assert "huggingface_hub" not in modules_after(*words), words
     for words in (["verify", out], ["verify", out, *pair], ["record", out], ["inspect", out], ["inspect", str(base)]):
         assert not modules_after(*words) & HEAVY, words

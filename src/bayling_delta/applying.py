@@ -11,10 +11,12 @@ from bayling_delta import companions, engine
 from bayling_delta.adding import Additions
 from bayling_delta.arithmetic import make_addition
 from bayling_delta.checkpoint import Checkpoint, directory_of, open_checkpoint
+from bayling_delta.downloads import origin
 from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
 from bayling_delta.errors import BaylingDeltaError, CheckpointError, Problem, refuse
-from bayling_delta.expectations import read_manifest
+from bayling_delta.expectations import download_problems, read_manifest
 from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
+from bayling_delta.hub import local_copies
 from bayling_delta.manifest import (
     MANIFEST_NAME,
     SUMS_NAME,
@@ -37,7 +39,7 @@ from bayling_delta.sources import exists, open_source
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
-__all__ = ["additions_on", "apply", "plan_apply", "plan_document", "recipe_of", "result_digests"]
+__all__ = ["additions_on", "apply", "input_problems", "plan_apply", "plan_document", "recipe_of", "result_digests"]
 
 _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
@@ -58,11 +60,12 @@ def plan_apply(
 
     ``recipe`` is the name of one of `RECIPES`, None to take that of the delta's own manifest, or else ``plain``.
     ``dtype`` is F16, BF16 or F32 to cast the result, None to keep the delta's; sizes are in bytes; ``allow``
-    names the kinds of problem to overrule.
+    names the kinds of problem to overrule. Of an id of the Hub, weights that are not in its cache are a problem.
 
     Raises:
         BaylingDeltaError: with everything that can be seen to be wrong.
     """
+    base, delta = local_copies([base, delta], fetch=False)
     problems: list[Problem] = []
     chosen = PLAIN
     with _collected(problems):
@@ -146,10 +149,11 @@ def apply(
 ) -> dict[str, Any]:
     """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
 
-    The options are those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes
-    out depends on none of the others: ``threads``, ``direct`` (past the page cache, where that is faster),
-    ``device`` (``cpu``, ``cuda`` or ``cuda:N``). ``out`` appears when it is complete and synced; if anything
-    fails, it does not appear. ``tell`` is given what a user should know of the inputs, a sentence at a time.
+    ``base`` and ``delta`` may be ids of the Hub; what is needed of them is fetched into its cache. The options are
+    those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes out depends on none
+    of the others: ``threads``, ``direct`` (past the page cache, where that is faster), ``device`` (``cpu``, ``cuda``
+    or ``cuda:N``). ``out`` appears when it is complete and synced; if anything fails, it does not appear. ``tell``
+    is given what a user should know of the inputs, a sentence at a time.
 
     Raises:
         BaylingDeltaError: what `plan_apply` finds; an input that fails or changes while it is read; a result
@@ -157,6 +161,7 @@ def apply(
         ValueError: ``expect`` is not a SHA-256.
     """
     wanted = parse_digest(expect) if expect is not None else None
+    base, delta = local_copies([base, delta], also=output_problems(out, 0), tell=tell)
     plan = plan_apply(
         base,
         delta,
@@ -196,7 +201,8 @@ def additions_on(device: str) -> Additions:
 
 def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:
     """What only the finished sum can show."""
-    problems = outcome.damage + [
+    problems = [*outcome.damage, *input_problems(plan, outcome)]
+    problems += [
         Problem("non_finite", name, f"{count:,} elements of the sum are infinite or NaN; is this the right base?")
         for name, count in outcome.non_finite.items()
     ]
@@ -206,6 +212,16 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
         problems.append(
             Problem("digest", str(out), f"the result's weights digest is {digest}, expected was {wanted}; {advice}")
         )
+    return problems
+
+
+def input_problems(plan: Plan, outcome: Outcome) -> list[Problem]:
+    """The weight files of base and delta that are not what the Hub had when they were fetched."""
+    problems: list[Problem] = []
+    for checkpoint, found in ((plan.base, outcome.base.files), (plan.delta, outcome.delta.files)):
+        sizes = {file.path.name: file.size for file in checkpoint.files}
+        files = {name: (sizes[name], sha256) for name, sha256 in found.items()}
+        problems += download_problems(checkpoint.directory, files)
     return problems
 
 
@@ -253,7 +269,9 @@ def _write_down(
             files.append(write(companion.name, companion.data))
             continue
         with open_source(companion.path) as source:
-            files.append(file_entry(companion.name, *copy_file(source, directory / companion.name)))
+            size, sha256 = copy_file(source, directory / companion.name)
+        refuse(download_problems(plan.delta.directory, {companion.name: (size, sha256)}))
+        files.append(file_entry(companion.name, size, sha256))
     if len(plan.files) > 1:
         files.append(write("model.safetensors.index.json", _index(plan, placed)))
     files.append(write("README.md", model_card(manifest).encode()))
@@ -272,7 +290,7 @@ def _input_section(checkpoint: Checkpoint, digests: Digests) -> dict[str, Any]:
             for name, digest in digests.tensors.items()
         )
     return {
-        "name": None,
+        "name": str(found) if (found := origin(checkpoint.directory)) else None,
         "container": checkpoint.container,
         "weights_digest": whole,
         "files": [
@@ -321,7 +339,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def _digested(reads: ReadList) -> str:
-    return "tensor" if reads.tensors else "file"
+    return " and ".join(what for what, taken in (("file", reads.files), ("tensor", reads.tensors)) if taken)
 
 
 def _reads_section(checkpoint: Checkpoint, reads: ReadList) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta import safetensors_format, torch_format
+from bayling_delta.downloads import mended
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.sources import (
     exists,
@@ -27,6 +28,7 @@ from bayling_delta.zip_records import Record
 __all__ = [
     "EMBEDDING",
     "HEAD",
+    "LAYOUTS",
     "Checkpoint",
     "WeightFile",
     "directory_of",
@@ -34,6 +36,7 @@ __all__ = [
     "is_rotary_buffer",
     "loadable_files",
     "open_checkpoint",
+    "read_index",
     "read_table",
     "stays_in_directory",
     "survey",
@@ -133,32 +136,32 @@ def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[P
     """Where a checkpoint's files lie, its index, which they are, what to say of that, and what is wrong with it."""
     if file_size(path) is not None:
         if path.suffix == ".json":
-            placed, problems = _read_index(path)
+            placed, problems = read_index(path)
             return path.parent, path, placed, (), problems
         return path.parent, path, {path.name: None}, (), _lone_shard(path)
     if not is_directory(path):
         raise CheckpointError(_no_directory(path))
     names = list_directory(path)
-    for container, single, index, pattern in _LAYOUTS:
+    for container, single, index, pattern in LAYOUTS:
         shards: _Files = dict.fromkeys(name for name in names if re.fullmatch(pattern, name))
         problems = []
         if single in names:
             shards = {single: None}
         elif index in names:
-            placed, problems = _read_index(path / index)
+            placed, problems = read_index(path / index)
             shards = placed or shards
         elif not shards:
             continue
         else:
             problems = _absent_shards(path, shards)
         notes: tuple[str, ...] = ()
-        if container == "safetensors" and any(re.fullmatch(_LAYOUTS[1][3], name) for name in names):
+        if container == "safetensors" and any(re.fullmatch(LAYOUTS[1][3], name) for name in names):
             notes = (f"{path}: has both containers; the safetensors files are taken, as transformers does",)
         return path, path / index, shards, notes, problems
     raise CheckpointError(Problem("not_found", str(path), _no_weights(names)))
 
 
-_LAYOUTS: Final = (
+LAYOUTS: Final = (
     # container, one file, index, shards; in the order in which transformers looks for them
     ("safetensors", "model.safetensors", "model.safetensors.index.json", r"model.*\.safetensors"),
     ("torch", "pytorch_model.bin", "pytorch_model.bin.index.json", r"pytorch_model.*\.bin"),
@@ -170,10 +173,7 @@ def _no_directory(path: Path) -> Problem:
     if exists(path):
         what = "is neither a regular file nor a directory that can be read; symbolic links that lead nowhere?"
         return Problem("unreadable", str(path), what)
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        hint = f" Ids of the Hub are not fetched yet: 'hf download {path} --local-dir NAME', then name that directory"
-    return Problem("not_found", str(path), f"cannot be read (No such file or directory); is it spelled right?{hint}")
+    return Problem("not_found", str(path), "cannot be read (No such file or directory); is it spelled right?")
 
 
 def _no_weights(names: list[str]) -> str:
@@ -185,10 +185,12 @@ def _no_weights(names: list[str]) -> str:
         return "is a repository in the Hub's cache; name one of the directories in its snapshots/"
     if any(name.lower().endswith((".gguf", ".ggml")) for name in names):
         return "has llama.cpp files (GGUF or GGML) and no other weights; the delta needs the original ones"
+    if unfinished := [name for name in names if name.endswith((".incomplete", ".part", ".crdownload", ".aria2"))]:
+        return f"has no model*.safetensors and no pytorch_model*.bin, only {unfinished[0]}: let the download finish"
     return "has no model*.safetensors and no pytorch_model*.bin; name the directory that holds the weights"
 
 
-def _read_index(path: Path) -> tuple[_Files, list[Problem]]:
+def read_index(path: Path) -> tuple[_Files, list[Problem]]:
     """The files that an index names, in its order, each with the tensors it should hold; and what is wrong with it."""
     try:
         weight_map = read_table(path).get("weight_map")
@@ -244,7 +246,7 @@ def directory_of(path: Path) -> Path:
 
 def loadable_files(directory: Path) -> list[str]:
     """The names in a directory that a loader would take for weights or for their index."""
-    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in _LAYOUTS) + r"|adapter_model.*"
+    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in LAYOUTS) + r"|adapter_model.*"
     return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
 
 
@@ -270,7 +272,7 @@ def _open_shards(
                 )
             container, file, refs = _open_file(shard)
         except (CheckpointError, IntegrityError) as error:
-            problems += error.problems
+            problems += (mended(problem, shard) for problem in error.problems)
             continue
         containers.add(container)
         opened.append(file)
@@ -335,8 +337,9 @@ def read_table(path: Path, limit: int = JSON_CAP) -> dict[str, Any]:
     try:
         table = load_strict(data)
     except ValueError as error:
-        _, message = what_instead(data[:512], len(data)) or ("", f"is not JSON ({error})")
-        raise CheckpointError(Problem("damaged", str(path), message)) from error
+        kind, message = what_instead(data[:512], len(data)) or ("damaged", f"is not JSON ({error})")
+        problem = mended(Problem(kind, str(path), message), path)
+        raise CheckpointError(replace(problem, kind="damaged")) from error
     if not isinstance(table, dict):
         raise CheckpointError(Problem("damaged", str(path), "is not a JSON object"))
     return table

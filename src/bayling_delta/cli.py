@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
@@ -183,14 +183,16 @@ def apply(
 ) -> None:
     """Rebuild a model: add a delta to its base, as a HuggingFace directory.
 
-    BASE and DELTA are directories with weights in safetensors or PyTorch's .bin files, one such file, or a shard
-    index. Everything that can be refused is refused before the first byte is written; the output appears under
-    its name only when it is complete. What is computed is, bit for bit, what the published script computes.
+    BASE and DELTA are directories with weights in safetensors or PyTorch's .bin files, one such file, a shard
+    index, or ids of the HuggingFace Hub, OWNER/NAME[@REVISION], which are fetched into its cache. Everything that can
+    be refused is refused before the first byte is written; the output appears under its name only when it is
+    complete. What is computed is, bit for bit, what the published script computes.
 
     \b
     Examples:
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b --dry-run
+      bayling-delta apply --base llama-7b --delta ICTNLP/bayling-7b-diff --out bayling-7b
     """  # noqa: D301  # click looks for the character
     from bayling_delta import applying
 
@@ -243,7 +245,8 @@ def verify(
 
     Without options, MODEL is compared with the manifest and the SHA256SUMS beside its weights: every tensor and
     every file. Whatever is damaged or missing is named, and so are weights that do not belong there. Exits 0 only
-    if something was compared and matched.
+    if something was compared and matched. What the HuggingFace Hub said of files that came from there is compared
+    too; MODEL may be an id of it, OWNER/NAME[@REVISION].
 
     \b
     Examples:
@@ -272,6 +275,7 @@ def verify(
             device=device,
             load=load or eight_bit,
             eight_bit=eight_bit,
+            tell=_note(quiet),
             progress=progress,
         )
     _show(document, report.verified_text(document, model), as_json=as_json, quiet=quiet)
@@ -287,6 +291,7 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
 
     The manifest has the digest of every tensor and file, and the weights digest, which is the same for everyone who
     has these weights, in whatever container and sharding. It goes to stdout, or to the file that -o names.
+    MODEL may also be an id of the HuggingFace Hub, OWNER/NAME[@REVISION].
 
     \b
     Examples:
@@ -298,7 +303,9 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
     if output == Path("-"):
         output = None
     with _progress("record", quiet) as progress:
-        manifest = recording.record(model, output=output, memory_limit=memory_limit, threads=threads, progress=progress)
+        manifest = recording.record(
+            model, output=output, memory_limit=memory_limit, threads=threads, tell=_note(quiet), progress=progress
+        )
     _show(manifest, report.recorded_text(manifest, output), as_json=as_json or output is None, quiet=quiet)
 
 
@@ -308,8 +315,9 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
 def inspect(path: Path, as_json: bool, quiet: bool) -> None:
     """Say what a checkpoint is: its tensors, its architecture, delta or full model, and what is odd about it.
 
-    PATH is a directory, one weights file or a shard index. Only headers, small tensors and rows of some large ones
-    are read. What cannot be read is listed as odd, as long as something can.
+    PATH is a directory, one weights file, a shard index, or an id of the HuggingFace Hub whose weights are in its
+    cache. Only headers, small tensors and rows of some large ones are read. What cannot be read is listed as odd, as
+    long as something can.
 
     \b
     Examples:
@@ -385,12 +393,11 @@ def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) ->
         click.echo(text)
 
 
-def _note(quiet: bool) -> Callable[[str], None]:
+def _note(quiet: bool) -> Callable[[str], None] | None:
     def note(text: str) -> None:
-        if not quiet:
-            click.echo(report.readable(f"note: {text}"), err=True)
+        click.echo(report.readable(f"note: {text}"), err=True)
 
-    return note
+    return None if quiet else note
 
 
 @contextmanager
@@ -401,10 +408,15 @@ def _progress(command: str, quiet: bool) -> Iterator[Any]:
     elif sys.stderr is not None and sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(unit="B", unit_scale=True, desc=command, dynamic_ncols=True, leave=False) as bar:
+        with ExitStack() as open_bar:
+            bar: tqdm[NoReturn] | None = None  # not before the work begins: a download has bars of its own
 
             def move(done: int, total: int) -> None:
-                bar.total = total
+                nonlocal bar
+                if bar is None:
+                    bar = open_bar.enter_context(
+                        tqdm(unit="B", unit_scale=True, desc=command, dynamic_ncols=True, leave=False, total=total)
+                    )
                 bar.update(done - bar.n)
 
             yield move
@@ -421,7 +433,9 @@ class _Log:
 
     def line(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._last < _LOG_SECONDS or not done:
+        if not done:
+            self._started = self._last = now  # what was before, a download perhaps, is none of this
+        if now - self._last < _LOG_SECONDS:
             return
         self._last = now
         speed = done / (now - self._started)

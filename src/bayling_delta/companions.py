@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta.checkpoint import Checkpoint, read_table, what_instead
+from bayling_delta.downloads import mended
 from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.manifest import to_json
 from bayling_delta.sources import exists, list_directory, open_source, read_bytes
@@ -77,7 +78,8 @@ def _check(path: Path) -> None:
     with open_source(path) as source:
         found = what_instead(read_bytes(source, 0, 512), source.size)
     if found:
-        raise CheckpointError(Problem("not_weights", str(path), found[1].replace("weights", "this file")))
+        problem = mended(Problem(found[0], str(path), found[1].replace("weights", "this file")), path)
+        raise CheckpointError(replace(problem, kind="not_weights"))
 
 
 def foreign_files(checkpoint: Checkpoint) -> list[str]:

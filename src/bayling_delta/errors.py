@@ -115,6 +115,8 @@ KINDS: dict[str, Kind] = {
     # 3: a checkpoint cannot be read
     "not_found": Kind(CheckpointError, "no such file or directory, or no weights in it"),
     "unreadable": Kind(CheckpointError, "the system refused to read it"),
+    "network": Kind(CheckpointError, "the Hub cannot be reached, and its cache does not have everything"),
+    "access": Kind(CheckpointError, "the Hub wants a token, or its conditions accepted"),
     "incomplete": Kind(CheckpointError, "a shard is absent or shorter than its header says"),
     "not_weights": Kind(CheckpointError, "the file is something else: a git-lfs pointer, a web page, zeros"),
     "damaged": Kind(CheckpointError, "the header, pickle or zip directory contradicts itself or the format"),
@@ -148,7 +150,7 @@ KINDS: dict[str, Kind] = {
     # 6: the output cannot be written
     "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),
     "output_place": Kind(OutputError, "the output's place cannot take it"),
-    "disk_space": Kind(OutputError, "the disk is too small for the output"),
+    "disk_space": Kind(OutputError, "the disk is too small for the output, or for a download"),
     "write": Kind(OutputError, "the system refused to write"),
     # 2: usage
     "memory_limit": Kind(UsageError, "the memory limit is below what the plan needs"),

@@ -2,21 +2,24 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bayling_delta.checkpoint import JSON_CAP, is_plain_name, read_table, stays_in_directory
+from bayling_delta.downloads import download_again, expected_sha256, record_source
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, sums_text, weights_digest
-from bayling_delta.sources import exists, read_file
+from bayling_delta.sources import exists, is_directory, list_directory, read_file
 from bayling_delta.tensors import DTYPES, FLOATS
 
 __all__ = [
     "Expectation",
     "ExpectedFile",
     "differences",
+    "download_problems",
+    "downloaded_files",
     "own_expectations",
     "read_manifest",
     "read_sums",
@@ -48,6 +51,8 @@ class Expectation:
     """What the manifest was written by."""
     recipe: str | None = None
     """How the sum was made, where it was."""
+    downloaded: bool = False
+    """Whether it is what the Hub said of the files: one that differs can be had again."""
 
 
 def read_manifest(path: Path) -> Expectation:
@@ -140,7 +145,26 @@ def read_sums(path: Path) -> Expectation:
 def own_expectations(directory: Path) -> list[Expectation]:
     """What lies beside a model's weights of records of it."""
     readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums))
-    return [_as_record(read, directory / name) for name, read in readers if exists(directory / name)]
+    written = [_as_record(read, directory / name) for name, read in readers if exists(directory / name)]
+    names = list_directory(directory) if is_directory(directory) else []
+    files = downloaded_files(directory, names)
+    return [*written, _as_downloaded(directory, files)] if files else written
+
+
+def downloaded_files(directory: Path, names: Iterable[str]) -> dict[str, ExpectedFile]:
+    """Those of the files ``names`` of which it is known what SHA-256 the Hub had for them."""
+    known = ((name, expected_sha256(directory / name)) for name in names)
+    return {name: ExpectedFile(sha256) for name, sha256 in known if sha256 is not None}
+
+
+def _as_downloaded(directory: Path, files: dict[str, ExpectedFile]) -> Expectation:
+    return Expectation(record_source(directory), files=files, downloaded=True)
+
+
+def download_problems(directory: Path, files: Mapping[str, tuple[int, str]]) -> list[Problem]:
+    """Files, given by name with size and SHA-256, that are not what the Hub had when they were fetched."""
+    expected = _as_downloaded(directory, downloaded_files(directory, files))
+    return list(_file_differences(expected, directory, files))
 
 
 def _as_record(read: Callable[[Path], Expectation], path: Path) -> Expectation:
@@ -152,10 +176,11 @@ def _as_record(read: Callable[[Path], Expectation], path: Path) -> Expectation:
 
 def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[Problem]:
     """The finding that a model with a manifest has a SHA256SUMS that is not, byte for byte, as it was written."""
-    if len(expectations) < 2:  # a list by itself may be anybody's, in whatever form
-        return []
     path = directory / SUMS_NAME
-    files = {name: file.sha256 or "" for name, file in expectations[1].files.items()}
+    by_source = {expected.source: expected for expected in expectations}
+    if not {str(directory / MANIFEST_NAME), str(path)} <= by_source.keys():
+        return []  # a list by itself may be anybody's, in whatever form
+    files = {name: file.sha256 or "" for name, file in by_source[str(path)].files.items()}
     if read_file(path, JSON_CAP) == sums_text(files).encode("utf-8", "surrogateescape"):
         return []
     return [
@@ -202,7 +227,8 @@ def _file_differences(expected: Expectation, model: Path, files: Mapping[str, tu
         if file.size not in (None, size):
             yield Problem("model", where, f"has {size:,} bytes; {expected.source} says {file.size:,}")
         elif file.sha256 not in (None, sha256):
-            yield Problem("digest", where, f"its SHA-256 is {sha256}; {expected.source} says {file.sha256}")
+            again = f"; download it again: {download_again(model / name)}" if expected.downloaded else ""
+            yield Problem("digest", where, f"its SHA-256 is {sha256}; {expected.source} says {file.sha256}{again}")
 
 
 def _tensor_differences(

@@ -25,6 +25,7 @@ __all__ = [
     "FileWriter",
     "copy_file",
     "direct_writes_pay",
+    "free_bytes",
     "is_inside",
     "new_file_problems",
     "output_problems",
@@ -80,6 +81,21 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
         message = f"has {free / 1e9:,.1f} GB free, the output needs {needed_bytes / 1e9:,.1f} GB"
         problems.append(Problem("disk_space", str(target.parent), message))
     return problems
+
+
+def free_bytes(directory: Path) -> int:
+    """What may still be written where a directory is, or will be.
+
+    Raises:
+        OutputError: the system does not say.
+    """
+    while not system.calls.exists(directory) and directory != directory.parent:
+        directory = directory.parent
+    try:
+        return system.calls.free_bytes(directory)
+    except OSError as error:
+        message = f"cannot be written to ({error.strerror or 'unknown'})"
+        raise OutputError(Problem("write", str(directory), message)) from error
 
 
 def new_file_problems(path: Path, not_inside: Path) -> list[Problem]:

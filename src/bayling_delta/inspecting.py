@@ -17,6 +17,7 @@ import numpy as np
 
 from bayling_delta.checkpoint import EMBEDDING, JSON_CAP, Checkpoint, is_rotary_buffer, survey
 from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.hub import local_copies
 from bayling_delta.oddities import Facts, Odd, Sizes, find_oddities
 from bayling_delta.sampling import Sample, by_kind, is_norm, take_samples
 from bayling_delta.sources import file_size, read_file
@@ -63,11 +64,12 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     """Describe a directory, a weights file or a shard index: the document ``bayling-delta/inspect/1``.
 
     What can be read is described, and what is wrong with the rest is listed as odd. At most 64 MiB of weights
-    are read, whatever the size of the model.
+    are read, whatever the size of the model. Of an id of the Hub, what is in its cache is described.
 
     Raises:
         CheckpointError: no tensor can be described; the message says what the path is instead.
     """
+    (path,) = local_copies([path], fetch=False)
     checkpoint, problems = survey(path)
     if checkpoint is None:
         raise CheckpointError(problems)

@@ -4,7 +4,7 @@ Everything here is a function of headers; nothing is written, and weights are re
 two tensors that should be one are (`tied_problem`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -13,6 +13,7 @@ import numpy as np
 
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
 from bayling_delta.errors import Problem, refuse
+from bayling_delta.expectations import downloaded_files
 from bayling_delta.gathering import tiles
 from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
@@ -162,8 +163,10 @@ def make_plan(
         refuse(model_problems(model, model_weights, tensors))
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
-    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed if tensor.base])
-    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed])
+    base_reads = read_in_order_of(
+        base, [(tensor.name, tensor.base) for tensor in needed if tensor.base], _expected_files(base)
+    )
+    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed], _expected_files(delta))
     model_reads: ReadList | None = None
     if model:
         model_reads = read_in_order_of(model, [(tensor.name, tensor.model) for tensor in needed if tensor.model])
@@ -171,6 +174,10 @@ def make_plan(
     budget = make_budget(memory_limit, streams, outputs=1)
     notes = base.notes + delta.notes
     return Plan(recipe, base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
+
+
+def _expected_files(checkpoint: Checkpoint) -> Collection[str]:
+    return downloaded_files(checkpoint.directory, [file.path.name for file in checkpoint.files])
 
 
 # the model to compare with, and tied weights

@@ -1,7 +1,7 @@
 """What is read of a checkpoint, in which order, and what is checked of it on the way."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from operator import attrgetter
@@ -56,7 +56,7 @@ class ReadList:
 
     steps: tuple[Span | Gather, ...]
     files: dict[str, int]
-    """The files that are digested whole, by name, and their bytes; all of them or none."""
+    """The files that are digested whole, by name, and their bytes."""
     tensors: dict[str, int]
     """The tensors that are digested each by itself, and their bytes."""
 
@@ -77,19 +77,26 @@ def in_stored_order(tensors: Mapping[str, TensorRef]) -> list[tuple[str, TensorR
     return sorted(tensors.items(), key=lambda item: (place[item[1].file], item[1].offset, item[0]))
 
 
-def read_in_order_of(checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]]) -> ReadList:
+def read_in_order_of(
+    checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]], expected: Collection[str] = ()
+) -> ReadList:
     """The reads that bring these tensors in this order, and the digests that can be taken of them once.
 
     Where each file's bytes are met in order, the files are read whole, gaps included, and each file's
-    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken.
+    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken; files whose
+    names are in ``expected``, because somebody knows their digest, are then read once more by themselves.
     """
     wanted = [(name, ref) for name, ref in needed if ref.elements]
     if not _later(wanted):
         whole: list[Span | Gather] = list(_whole_files(checkpoint, wanted, digest_tensors=False))
         return ReadList(_with_all_records(checkpoint, wanted, whole), _sizes(checkpoint), {})
-    steps = list(_by_tensor(checkpoint, wanted))
+    again = [file for file in checkpoint.files if file.path.name in expected]
+    steps = [
+        *_by_tensor(checkpoint, wanted),
+        *(Span(file.path, 0, file.size, True, (), file.records) for file in again),
+    ]
     sizes = {name: ref.nbytes for name, ref in needed}
-    return ReadList(_with_all_records(checkpoint, wanted, steps), {}, sizes)
+    return ReadList(_with_all_records(checkpoint, wanted, steps), {file.path.name: file.size for file in again}, sizes)
 
 
 def read_whole(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> ReadList:

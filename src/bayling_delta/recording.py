@@ -1,6 +1,6 @@
 """Digest a checkpoint: what it is, so that it can be recorded and compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ from bayling_delta import companions, engine
 from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
+from bayling_delta.expectations import download_problems
 from bayling_delta.files import new_file_problems, write_file
+from bayling_delta.hub import local_copies
 from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section, to_json
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, counted_weights, make_budget
 from bayling_delta.reads import read_whole
@@ -24,23 +26,26 @@ def record(
     output: Path | None = None,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     threads: int = DEFAULT_THREADS,
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Digest every tensor and file of a checkpoint, and return its manifest; write it to ``output``, if given.
 
     This is how recorded checksums come to be: anyone who has the same weights gets the same weights digest,
-    whatever container and sharding they are in.
+    whatever container and sharding they are in. ``model`` may be an id of the Hub; ``tell`` is given what a user
+    should know of the download.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        IntegrityError: a record of a ``.bin`` file is damaged.
+        IntegrityError: a record of a ``.bin`` file is damaged, or a file is not what the Hub had.
         OutputError: ``output`` exists, lies inside the model, or cannot be written.
     """
+    (model,) = local_copies([model], also=new_file_problems(output, model) if output else (), tell=tell)
     if output is not None:
         refuse(new_file_problems(output, directory_of(model)))
     beside = [name for name in companions.COPIED if exists(directory_of(model) / name)]
     found = digest_model(model, beside, memory_limit=memory_limit, threads=threads, progress=progress)
-    refuse(found.problems)
+    refuse([*found.problems, *download_problems(found.checkpoint.directory, found.files)])
     result = result_section((found.tensors or {}).values(), found.places)
     result["files"] = [file_entry(name, size, sha256) for name, (size, sha256) in found.files.items()]
     head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})

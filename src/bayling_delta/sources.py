@@ -21,11 +21,13 @@ __all__ = [
     "exists",
     "file_size",
     "is_directory",
+    "link_target",
     "list_directory",
     "open_fastest",
     "open_source",
     "read_bytes",
     "read_file",
+    "real_path",
 ]
 
 _CACHED_BYTES = 1 << 24
@@ -214,6 +216,19 @@ def file_size(path: Path) -> int | None:
 def exists(path: Path) -> bool:
     """Whether anything has this name, a link that leads nowhere included."""
     return system.calls.exists(path)
+
+
+def link_target(path: Path) -> Path | None:
+    """What a symbolic link points at, as it is written there; None if it is no link."""
+    try:
+        return system.calls.read_link(path)
+    except OSError:
+        return None
+
+
+def real_path(path: Path) -> Path:
+    """The path without links, as far as they lead anywhere."""
+    return system.calls.real_path(path)
 
 
 def is_directory(path: Path) -> bool:

@@ -50,6 +50,10 @@ class System:
         """Whether anything has this name, a dangling link included."""
         return os.path.lexists(path)
 
+    def read_link(self, path: Path) -> Path:
+        """What a symbolic link has in it."""
+        return Path(os.readlink(path))
+
     def real_path(self, path: Path) -> Path:
         """The path without links, as far as they lead anywhere."""
         return Path(os.path.realpath(path))

@@ -10,6 +10,7 @@ import zlib
 from operator import attrgetter
 from pathlib import Path
 
+from bayling_delta.downloads import download_again
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
@@ -78,7 +79,8 @@ def _read_record(source: Source, record: Record, checked: bool) -> bytes:
 
 def record_damage(path: Path, name: str) -> Problem:
     """The finding that a record's bytes are not those that were written."""
-    return Problem("crc", str(path), f"record {name} is damaged: its CRC-32 is wrong; download the file again")
+    again = f"download the file again: {download_again(path)}"
+    return Problem("crc", str(path), f"record {name} is damaged: its CRC-32 is wrong; {again}")
 
 
 def _check_byte_order(source: Source, record: Record | None, checked: bool) -> None:

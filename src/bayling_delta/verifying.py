@@ -1,6 +1,6 @@
 """Check a model against what is recorded of it, or against the sum of a base and a delta made anew."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from bayling_delta import engine
 from bayling_delta.adding import Difference
-from bayling_delta.applying import additions_on, recipe_of, result_digests
+from bayling_delta.applying import additions_on, input_problems, recipe_of, result_digests
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -22,6 +22,7 @@ from bayling_delta.expectations import (
     read_manifest,
     sums_problems,
 )
+from bayling_delta.hub import local_copies
 from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
@@ -43,6 +44,7 @@ def verify(
     device: str = "cpu",
     load: bool = False,
     eight_bit: bool = False,
+    tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Check a model, and return the document ``bayling-delta/verify/1`` of what was compared and matched.
@@ -52,7 +54,8 @@ def verify(
     and compared element by element; ``recipe`` is how it was made, and ``dtype`` (F16, BF16 or F32) what the
     result was cast to, where the model's manifest does not say so. ``load`` also loads the model with
     transformers and generates a few tokens; it adds to a comparison and does not replace one. ``device`` is
-    where the sum is made and the model loaded.
+    where the sum is made and the model loaded. ``model``, ``base`` and ``delta`` may be ids of the Hub; ``tell``
+    is given what a user should know of a download.
 
     Raises:
         IntegrityError: with everything in which the model is not what it should be.
@@ -60,6 +63,9 @@ def verify(
         CheckpointError: a record, base or delta cannot be read.
         MismatchError: base and delta do not belong together.
     """
+    given = [path for path in (model, base, delta) if path is not None]
+    local = dict(zip(given, local_copies(given, tell=tell), strict=True))
+    model, base, delta = local[model], base and local[base], delta and local[delta]
     expectations = _expectations(model, against)
     compared: list[dict[str, Any]] = []
     problems: list[Problem] = []
@@ -79,7 +85,7 @@ def verify(
     if base is not None and delta is not None and readable:
         plan = _plan_comparison(model, base, delta, recipe, dtype, memory_limit)
         outcome = engine.run(plan, None, threads=threads, additions=additions_on(device), progress=progress)
-        problems += [*outcome.damage, *against_sum(plan, outcome.differences)]
+        problems += [*outcome.damage, *input_problems(plan, outcome), *against_sum(plan, outcome.differences)]
         compared.append({"what": "every element", "against": "the sum of base and delta", "outcome": "match"})
         digest = weights_digest(result_digests(plan, outcome))
     if not expectations and not compared:
