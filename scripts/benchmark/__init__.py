@@ -1,0 +1,1 @@
+"""The benchmark of rebuilding models from deltas. Run it with scripts/bench."""
