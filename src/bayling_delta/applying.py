@@ -1,9 +1,9 @@
 """Rebuild a model: open base and delta, plan their sum, run it, write down what came out."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,17 @@ from bayling_delta.errors import BaylingDeltaError, CheckpointError, Problem, re
 from bayling_delta.expectations import download_problems, read_manifest
 from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
 from bayling_delta.hub import local_copies
+from bayling_delta.identifying import (
+    FileRecords,
+    Identity,
+    files_worth_a_digest,
+    identify,
+    look_up,
+    pairing_problems,
+    recipe_problems,
+    sign_problems,
+)
+from bayling_delta.inspecting import look_at
 from bayling_delta.manifest import (
     MANIFEST_NAME,
     SUMS_NAME,
@@ -31,9 +42,10 @@ from bayling_delta.manifest import (
     weights_digest,
 )
 from bayling_delta.model_card import model_card
-from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_plan
-from bayling_delta.reads import ReadList
+from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_budget, make_plan
+from bayling_delta.reads import ReadList, read_files
 from bayling_delta.recipes import PLAIN, RECIPES, Recipe
+from bayling_delta.releases import Registry, load_releases
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.sources import exists, open_source
 from bayling_delta.suspicions import suspect
@@ -45,7 +57,32 @@ _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
 
 
-def plan_apply(
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A plan, and what is known of its inputs before it is carried out."""
+
+    plan: Plan
+    registry: Registry
+    identities: dict[str, Identity | None]
+    """By role, ``base`` and ``delta``."""
+    recipe_named: bool
+    """Whether the user chose the recipe."""
+
+
+def plan_apply(base: Path, delta: Path, out: Path, **options: Any) -> Plan:
+    """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
+
+    The options are those of `apply` that decide what the plan is. Of an id of the Hub, weights that are not in its
+    cache are a problem.
+
+    Raises:
+        BaylingDeltaError: with everything that can be seen to be wrong.
+    """
+    base, delta = local_copies([base, delta], fetch=False)
+    return _prepare(base, delta, out, **options).plan
+
+
+def _prepare(
     base: Path,
     delta: Path,
     out: Path,
@@ -54,53 +91,114 @@ def plan_apply(
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    registry: Sequence[Path] = (),
+    check_inputs: bool = False,
+    require_recorded: bool = False,
     allow: Collection[str] = (),
-) -> Plan:
-    """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
-
-    ``recipe`` is the name of one of `RECIPES`, None to take that of the delta's own manifest, or else ``plain``.
-    ``dtype`` is F16, BF16 or F32 to cast the result, None to keep the delta's; sizes are in bytes; ``allow``
-    names the kinds of problem to overrule. Of an id of the Hub, weights that are not in its cache are a problem.
-
-    Raises:
-        BaylingDeltaError: with everything that can be seen to be wrong.
-    """
-    base, delta = local_copies([base, delta], fetch=False)
+    threads: int = DEFAULT_THREADS,
+    progress: Progress | None = None,
+) -> _Prepared:
+    """Open, recognise and judge both inputs, choose the recipe, and plan their sum."""
+    known = load_releases(registry)
+    paths = {"base": base, "delta": delta}
     problems: list[Problem] = []
-    chosen = PLAIN
-    with _collected(problems):
-        chosen = recipe_of(recipe, delta)
-    with _collected(problems):
-        base_checkpoint = open_checkpoint(base)
-    with _collected(problems):
-        delta_checkpoint = open_checkpoint(delta)
-    readable = not problems
+    inputs: dict[str, Checkpoint] = {}
+    for role, path in paths.items():
+        with _collected(problems):
+            inputs[role] = open_checkpoint(path)
     needed = _SMALL_FILES_BYTES
-    if readable:
-        needed += sum(ref.elements * DTYPES[dtype or ref.dtype] for ref in delta_checkpoint.weights.values())
+    if len(inputs) == len(paths):
+        needed += sum(ref.elements * DTYPES[dtype or ref.dtype] for ref in inputs["delta"].weights.values())
     problems += output_problems(out, needed)
     problems += [
-        Problem("output_place", str(out), f"lies inside the {side}; choose a place outside the inputs")
-        for side, path in (("base", base), ("delta", delta))
+        Problem("output_place", str(out), f"lies inside the {role}; choose a place outside the inputs")
+        for role, path in paths.items()
         if is_inside(out, directory_of(path))
     ]
-    if not readable:
+    if len(inputs) < len(paths):
         refuse(problems, allow)
-    suspicions, notes = suspect(base_checkpoint, delta_checkpoint)
+    looks = {role: look_at(checkpoint, []) for role, checkpoint in inputs.items()}
+    identities = {role: identify(checkpoint, looks[role], known) for role, checkpoint in inputs.items()}
+    if check_inputs:
+        refuse(problems, allow)  # before a long read
+        for role, records in _check_inputs(inputs, identities, known, memory_limit, threads, progress).items():
+            identities[role] = records.identity
+            problems += records.problems
+            problems += _unrecorded_problems(inputs[role], records) if require_recorded else []
+    problems += pairing_problems(
+        inputs["base"], identities["base"], inputs["delta"], identities["delta"], known
+    ) + sign_problems(looks["base"], identities["delta"], known)
+    chosen = PLAIN
+    with _collected(problems):
+        chosen = _choose_recipe(recipe, identities["delta"], delta)
+    suspicions, notes = suspect(inputs["base"], looks["base"], inputs["delta"], looks["delta"])
     problems += suspicions
     with _collected(problems):
-        companions.collect(delta_checkpoint, dtype or "F16")
+        companions.collect(inputs["delta"], dtype or "F16")
+    if any(problem.kind == "size" for problem in problems):
+        refuse(problems, allow)  # every tensor differs, for this one reason
     plan = make_plan(
-        base_checkpoint,
-        delta_checkpoint,
+        inputs["base"],
+        inputs["delta"],
         recipe=chosen,
         dtype=dtype,
         max_shard_size=max_shard_size,
         memory_limit=memory_limit,
+        digest_files={
+            path
+            for role, checkpoint in inputs.items()
+            for path in (
+                {file.path for file in checkpoint.files}
+                if require_recorded and not check_inputs
+                else files_worth_a_digest(checkpoint, identities[role], known)
+            )
+        },
         also=problems,
         allowed=allow,
     )
-    return replace(plan, notes=(*plan.notes, *notes))
+    told = [f"{checkpoint.path}: is {identities[role]}" for role, checkpoint in inputs.items() if identities[role]]
+    return _Prepared(
+        replace(plan, notes=(*told, *plan.notes, *notes)), known, identities, recipe_named=recipe is not None
+    )
+
+
+def _check_inputs(
+    inputs: Mapping[str, Checkpoint],
+    identities: Mapping[str, Identity | None],
+    registry: Registry,
+    memory_limit: int,
+    threads: int,
+    progress: Progress | None,
+) -> dict[str, FileRecords]:
+    """Digest the weight files of both inputs, and look them up.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changes meanwhile.
+        IntegrityError: a record of a ``.bin`` file is damaged, or a file is not what the Hub had.
+    """
+    found: dict[str, FileRecords] = {}
+    problems: list[Problem] = []
+    for role, checkpoint in inputs.items():
+        reads = read_files(checkpoint)
+        budget = make_budget(memory_limit, [reads])
+        digests, damage = engine.digest(checkpoint, reads, budget, threads=threads, progress=progress)
+        problems += damage
+        problems += _download_problems(checkpoint, digests)
+        found[role] = look_up(role, checkpoint, digests.files, identities[role], registry)
+    refuse(problems)
+    return found
+
+
+def _unrecorded_problems(checkpoint: Checkpoint, records: FileRecords) -> list[Problem]:
+    message = "is on no record, neither in the registry nor of the Hub, and --require-recorded asks for one"
+    return [Problem("no_record", str(checkpoint.directory / name), message) for name in records.unrecorded]
+
+
+def _choose_recipe(name: str | None, delta: Identity | None, path: Path) -> Recipe:
+    """The recipe named, else that of the release that the delta is, else that of its own manifest, else ``plain``."""
+    if name is None and delta is not None and delta.release.recipe:
+        name = delta.release.recipe
+    return recipe_of(name, path)
 
 
 def recipe_of(name: str | None, made: Path) -> Recipe:
@@ -143,26 +241,38 @@ def apply(
     direct: bool = True,
     device: str = "cpu",
     expect: str | None = None,
+    registry: Sequence[Path] = (),
+    check_inputs: bool = False,
+    require_recorded: bool = False,
     allow: Collection[str] = (),
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``base + delta`` as a HuggingFace directory, and return its manifest.
 
-    ``base`` and ``delta`` may be ids of the Hub; what is needed of them is fetched into its cache. The options are
-    those of `plan_apply`. ``expect`` is the weights digest that the result must have. What comes out depends on none
-    of the others: ``threads``, ``direct`` (past the page cache, where that is faster), ``device`` (``cpu``, ``cuda``
-    or ``cuda:N``). ``out`` appears when it is complete and synced; if anything fails, it does not appear. ``tell``
-    is given what a user should know of the inputs, a sentence at a time.
+    ``base`` and ``delta`` may be ids of the Hub; what is needed of them is fetched into its cache.
+
+    ``recipe`` is the name of one of `RECIPES`; None takes that of the release that the delta is recognised as, else
+    that of the delta's own manifest, else ``plain``. ``dtype`` is F16, BF16 or F32 to cast the result, None to keep
+    the delta's. ``expect`` is the weights digest that the result must have. What comes out depends on none of these:
+    ``memory_limit``, ``threads``, ``direct`` (past the page cache, where that is faster), ``device`` (``cpu``,
+    ``cuda`` or ``cuda:N``). Sizes are in bytes.
+
+    ``registry`` names files with releases of one's own. ``check_inputs`` has both inputs digested and looked up
+    before anything is written; ``require_recorded`` refuses weight files that are on no record. ``allow`` names the
+    kinds of problem to overrule. ``tell`` is given what a user should know of the inputs, a sentence at a time.
+
+    ``out`` appears when it is complete and synced; if anything fails, it does not appear.
 
     Raises:
-        BaylingDeltaError: what `plan_apply` finds; an input that fails or changes while it is read; a result
-            with non-finite elements or another digest than expected; an output that cannot be written.
+        BaylingDeltaError: everything that can be seen to be wrong before the run; an input that fails, changes or
+            proves to be another in it; a result with non-finite elements or another digest than expected; an output
+            that cannot be written.
         ValueError: ``expect`` is not a SHA-256.
     """
     wanted = parse_digest(expect) if expect is not None else None
     base, delta = local_copies([base, delta], also=output_problems(out, 0), tell=tell)
-    plan = plan_apply(
+    prepared = _prepare(
         base,
         delta,
         out,
@@ -170,8 +280,14 @@ def apply(
         dtype=dtype,
         max_shard_size=max_shard_size,
         memory_limit=memory_limit,
+        registry=registry,
+        check_inputs=check_inputs,
+        require_recorded=require_recorded,
         allow=allow,
+        threads=threads,
+        progress=progress,
     )
+    plan = prepared.plan
     for note in plan.notes:
         if tell is not None:
             tell(note)
@@ -182,8 +298,9 @@ def apply(
     with staged_directory(out) as directory:
         with closing(DirectorySink(directory, plan.output_bytes, direct=direct)) as sink:
             outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
-        refuse(_result_problems(plan, outcome, out, wanted), allow)
-        return _write_down(plan, outcome, directory, wanted, head)
+        records = _look_up_inputs(prepared, outcome)
+        refuse(_result_problems(prepared, outcome, records, out, wanted, require_recorded=require_recorded), allow)
+        return _write_down(prepared, outcome, records, directory, wanted, head)
 
 
 def additions_on(device: str) -> Additions:
@@ -199,9 +316,31 @@ def additions_on(device: str) -> Additions:
     return make_additions(device)
 
 
-def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None) -> list[Problem]:
-    """What only the finished sum can show."""
-    problems = [*outcome.damage, *input_problems(plan, outcome)]
+def _look_up_inputs(prepared: _Prepared, outcome: Outcome) -> dict[str, FileRecords]:
+    plan = prepared.plan
+    return {
+        role: look_up(role, checkpoint, digests.files, prepared.identities[role], prepared.registry)
+        for role, checkpoint, digests in (("base", plan.base, outcome.base), ("delta", plan.delta, outcome.delta))
+    }
+
+
+def _result_problems(
+    prepared: _Prepared,
+    outcome: Outcome,
+    records: Mapping[str, FileRecords],
+    out: Path,
+    wanted: str | None,
+    *,
+    require_recorded: bool,
+) -> list[Problem]:
+    """What only the finished run can show."""
+    plan, base, delta = prepared.plan, records["base"], records["delta"]
+    problems = [*outcome.damage, *input_problems(plan, outcome), *base.problems, *delta.problems]
+    problems += pairing_problems(plan.base, base.identity, plan.delta, delta.identity, prepared.registry)
+    if not prepared.recipe_named:
+        problems += recipe_problems(plan.delta, delta.identity, plan.recipe)
+    if require_recorded:
+        problems += [*_unrecorded_problems(plan.base, base), *_unrecorded_problems(plan.delta, delta)]
     problems += [
         Problem("non_finite", name, f"{count:,} elements of the sum are infinite or NaN; is this the right base?")
         for name, count in outcome.non_finite.items()
@@ -217,12 +356,14 @@ def _result_problems(plan: Plan, outcome: Outcome, out: Path, wanted: str | None
 
 def input_problems(plan: Plan, outcome: Outcome) -> list[Problem]:
     """The weight files of base and delta that are not what the Hub had when they were fetched."""
-    problems: list[Problem] = []
-    for checkpoint, found in ((plan.base, outcome.base.files), (plan.delta, outcome.delta.files)):
-        sizes = {file.path.name: file.size for file in checkpoint.files}
-        files = {name: (sizes[name], sha256) for name, sha256 in found.items()}
-        problems += download_problems(checkpoint.directory, files)
-    return problems
+    return [*_download_problems(plan.base, outcome.base), *_download_problems(plan.delta, outcome.delta)]
+
+
+def _download_problems(checkpoint: Checkpoint, digests: Digests) -> list[Problem]:
+    sizes = {file.path.name: file.size for file in checkpoint.files}
+    return download_problems(
+        checkpoint.directory, {name: (sizes[name], sha256) for name, sha256 in digests.files.items()}
+    )
 
 
 def result_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
@@ -234,27 +375,30 @@ def result_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
 
 
 def _write_down(
-    plan: Plan, outcome: Outcome, directory: Path, wanted: str | None, head: dict[str, Any]
+    prepared: _Prepared,
+    outcome: Outcome,
+    records: Mapping[str, FileRecords],
+    directory: Path,
+    wanted: str | None,
+    head: dict[str, Any],
 ) -> dict[str, Any]:
     """Write everything but the weights beside them, SHA256SUMS last, and return the manifest."""
+    plan = prepared.plan
     placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
     result = result_section(result_digests(plan, outcome), placed)
     beside = companions.collect(plan.delta, result["dtype"])
     manifest: dict[str, Any] = {
         **head,
         "inputs": {
-            "base": _input_section(plan.base, outcome.base),
-            "delta": _input_section(plan.delta, outcome.delta),
+            "base": _input_section(plan.base, outcome.base, records["base"]),
+            "delta": _input_section(plan.delta, outcome.delta, records["delta"]),
         },
         "result": result,
         "changes": [{"file": file.name, "change": change} for file in beside for change in file.changes],
         "verification": [
-            {
-                "what": "the result's weights digest",
-                "against": wanted,
-                "outcome": "match" if wanted else "no record",
-                "source": "--expect" if wanted else None,
-            }
+            *_result_verification(result["weights_digest"], wanted, prepared.registry),
+            *records["base"].verification,
+            *records["delta"].verification,
         ],
     }
 
@@ -280,8 +424,26 @@ def _write_down(
     return manifest
 
 
-def _input_section(checkpoint: Checkpoint, digests: Digests) -> dict[str, Any]:
+def _result_verification(digest: str, wanted: str | None, registry: Registry) -> list[dict[str, Any]]:
+    """What the result's weights digest was held against: ``--expect``, and the registry."""
+    found: list[tuple[str | None, str | None]] = [(wanted, "--expect")] if wanted else []
+    for release in registry.with_weights(digest):
+        sources = release.weights.source if release.weights else ()
+        found.append((release.title, "; ".join(release.sources[key] for key in sources)))
+    return [
+        {
+            "what": "the result's weights digest",
+            "against": against,
+            "outcome": "match" if against else "no record",
+            "source": source,
+        }
+        for against, source in found or [(None, None)]
+    ]
+
+
+def _input_section(checkpoint: Checkpoint, digests: Digests, records: FileRecords) -> dict[str, Any]:
     """What the manifest says of an input: digested by file, or by tensor."""
+    recognised = records.identity.release.name if records.identity else None
     whole: str | None = None
     if digests.tensors:
         weights = checkpoint.weights
@@ -290,7 +452,7 @@ def _input_section(checkpoint: Checkpoint, digests: Digests) -> dict[str, Any]:
             for name, digest in digests.tensors.items()
         )
     return {
-        "name": str(found) if (found := origin(checkpoint.directory)) else None,
+        "name": str(found) if (found := origin(checkpoint.directory)) else recognised,
         "container": checkpoint.container,
         "weights_digest": whole,
         "files": [

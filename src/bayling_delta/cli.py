@@ -141,6 +141,11 @@ _recipe = click.option(
 )
 
 
+_registry = click.option(
+    "--registry", multiple=True, type=_PATH, metavar="FILE", help="Know a release of your own too. Repeatable."
+)
+
+
 def _working(command: Callable[..., None]) -> Callable[..., None]:
     """The options of the commands that pass all weights through memory."""
     threads = click.IntRange(1, 256)
@@ -161,6 +166,9 @@ def _working(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Bytes of tensors in a file.")
 @click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add: cpu, cuda, cuda:N.")
 @click.option("--expect", type=Digest(), metavar="DIGEST", help="Fail unless the result has this weights digest.")
+@_registry
+@click.option("--check-inputs", is_flag=True, help="Digest base and delta before anything is written.")
+@click.option("--require-recorded", is_flag=True, help="Fail unless every weight file of them is on record.")
 @click.option("--allow", multiple=True, type=_ALLOWABLE, help="Overrule a refusal of this kind. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check everything that can be checked, show the plan, write nothing.")
 @_working
@@ -174,6 +182,9 @@ def apply(
     max_shard_size: int,
     device: str,
     expect: str | None,
+    registry: tuple[Path, ...],
+    check_inputs: bool,
+    require_recorded: bool,
     allow: tuple[str, ...],
     dry_run: bool,
     memory_limit: int,
@@ -202,14 +213,20 @@ def apply(
         "dtype": _DTYPES[dtype] if dtype else None,
         "max_shard_size": max_shard_size,
         "memory_limit": memory_limit,
+        "registry": registry,
+        "check_inputs": check_inputs,
+        "require_recorded": require_recorded,
         "allow": allow,
+        "threads": threads,
     }
     if dry_run:
-        document = applying.plan_document(applying.plan_apply(base, delta, out, **options))
+        with _progress("check", quiet) as progress:
+            plan = applying.plan_apply(base, delta, out, **options, progress=progress)
+        document = applying.plan_document(plan)
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
     with _progress("apply", quiet) as progress:
-        options |= {"threads": threads, "device": device, "expect": expect, "tell": _note(quiet), "progress": progress}
+        options |= {"device": device, "expect": expect, "tell": _note(quiet), "progress": progress}
         manifest = applying.apply(base, delta, out, **options)
     _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
 

@@ -42,7 +42,7 @@ def origin(directory: Path) -> Origin | None:
     """Which commit a directory is the snapshot of, by its place in the Hub's cache; None elsewhere."""
     place = "/".join(real_path(directory).parts[-3:])
     found = re.fullmatch(r"models--([^/]+)/snapshots/([0-9a-f]{40})", place)
-    return Origin(found[1].replace("--", "/"), found[2]) if found else None
+    return Origin(found[1].replace("--", "/", 1), found[2]) if found else None
 
 
 def expected_sha256(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 Whether it is a delta or a full model is read off signs. They are told with their figures, and prove nothing.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -56,6 +57,8 @@ class Look:
     tokenizer: Mapping[str, Any]
     kinds: Mapping[str, Sequence[str]]
     """The names of the tensors by kind."""
+    small_digests: Mapping[str, str]
+    """Tensor digests of the small tensors that were read whole, in hex, by name; not of zeros, which tell nothing."""
     sampled_bytes: int
     odd: Sequence[Odd]
 
@@ -139,9 +142,18 @@ def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
         architecture,
         tokenizer,
         kinds,
+        _digests(small, tensors),
         sum(sample.bits.nbytes for sample in (*small, *rows)),
         find_oddities(facts),
     )
+
+
+def _digests(small: Sequence[Sample], tensors: Mapping[str, TensorRef]) -> dict[str, str]:
+    return {
+        sample.name: hashlib.sha256(sample.bits.tobytes()).hexdigest()
+        for sample in small
+        if sample.bits.size == tensors[sample.name].elements and sample.bits.any()
+    }
 
 
 # what the headers say

@@ -7,13 +7,13 @@ two tensors that should be one are (`tied_problem`).
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
 from bayling_delta.errors import Problem, refuse
-from bayling_delta.expectations import downloaded_files
 from bayling_delta.gathering import tiles
 from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
@@ -130,13 +130,15 @@ def make_plan(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     model: Checkpoint | None = None,
+    digest_files: Collection[Path] = (),
     also: Sequence[Problem] = (),
     allowed: Iterable[str] = (),
 ) -> Plan:
     """Pair two checkpoints by a recipe and lay out the result.
 
     ``dtype`` (F16, BF16 or F32) casts the result once more. ``model`` is what the result will be compared with,
-    if anything. ``also`` are problems found elsewhere, to be told together with those found here.
+    if anything. ``digest_files`` are digested whole even where that takes a read of its own. ``also`` are problems
+    found elsewhere, to be told together with those found here.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
@@ -163,10 +165,8 @@ def make_plan(
         refuse(model_problems(model, model_weights, tensors))
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
-    base_reads = read_in_order_of(
-        base, [(tensor.name, tensor.base) for tensor in needed if tensor.base], _expected_files(base)
-    )
-    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed], _expected_files(delta))
+    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed if tensor.base], digest_files)
+    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed], digest_files)
     model_reads: ReadList | None = None
     if model:
         model_reads = read_in_order_of(model, [(tensor.name, tensor.model) for tensor in needed if tensor.model])
@@ -174,10 +174,6 @@ def make_plan(
     budget = make_budget(memory_limit, streams, outputs=1)
     notes = base.notes + delta.notes
     return Plan(recipe, base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
-
-
-def _expected_files(checkpoint: Checkpoint) -> Collection[str]:
-    return downloaded_files(checkpoint.directory, [file.path.name for file in checkpoint.files])
 
 
 # the model to compare with, and tied weights

@@ -12,7 +12,7 @@ from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.tensors import TensorRef, natural_key
 from bayling_delta.zip_records import Record
 
-__all__ = ["Gather", "Mark", "ReadList", "Span", "in_stored_order", "read_in_order_of", "read_whole"]
+__all__ = ["Gather", "Mark", "ReadList", "Span", "in_stored_order", "read_files", "read_in_order_of", "read_whole"]
 
 _NEAR: Final = 64 << 10
 """Bytes between two tensors that are read through rather than jumped over."""
@@ -78,19 +78,19 @@ def in_stored_order(tensors: Mapping[str, TensorRef]) -> list[tuple[str, TensorR
 
 
 def read_in_order_of(
-    checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]], expected: Collection[str] = ()
+    checkpoint: Checkpoint, needed: Sequence[tuple[str, TensorRef]], digest_files: Collection[Path] = ()
 ) -> ReadList:
     """The reads that bring these tensors in this order, and the digests that can be taken of them once.
 
     Where each file's bytes are met in order, the files are read whole, gaps included, and each file's
-    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken; files whose
-    names are in ``expected``, because somebody knows their digest, are then read once more by themselves.
+    digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken; those of
+    ``digest_files``, of which somebody may know the digest, are then read once more by themselves.
     """
     wanted = [(name, ref) for name, ref in needed if ref.elements]
     if not _later(wanted):
         whole: list[Span | Gather] = list(_whole_files(checkpoint, wanted, digest_tensors=False))
         return ReadList(_with_all_records(checkpoint, wanted, whole), _sizes(checkpoint), {})
-    again = [file for file in checkpoint.files if file.path.name in expected]
+    again = [file for file in checkpoint.files if file.path in digest_files]
     steps = [
         *_by_tensor(checkpoint, wanted),
         *(Span(file.path, 0, file.size, True, (), file.records) for file in again),
@@ -110,6 +110,11 @@ def read_whole(checkpoint: Checkpoint, tensors: Mapping[str, TensorRef]) -> Read
     forward = [(name, ref) for name, ref in wanted if name not in again]
     steps = [*_whole_files(checkpoint, forward, digest_tensors=True), *_by_tensor(checkpoint, list(again.items()))]
     return ReadList(tuple(steps), _sizes(checkpoint), {name: ref.nbytes for name, ref in tensors.items()})
+
+
+def read_files(checkpoint: Checkpoint) -> ReadList:
+    """The reads that give the digest of every file, and of nothing else."""
+    return ReadList(tuple(_whole_files(checkpoint, [], digest_tensors=False)), _sizes(checkpoint), {})
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -10,7 +10,7 @@ from bayling_delta.checkpoint import Checkpoint, directory_of
 from bayling_delta.companions import foreign_files
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.expectations import read_manifest
-from bayling_delta.inspecting import Look, look_at
+from bayling_delta.inspecting import Look
 from bayling_delta.manifest import MANIFEST_NAME
 from bayling_delta.sources import exists
 
@@ -20,13 +20,12 @@ _NOTED = ("bfloat16", "generation")
 """Oddities of a base that make another model than the published one, and that a release may also want."""
 
 
-def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[str]]:
+def suspect(base: Checkpoint, base_look: Look, delta: Checkpoint, delta_look: Look) -> tuple[list[Problem], list[str]]:
     """What to refuse unless it is overruled, and what to tell of two checkpoints that are to be added.
 
     Raises:
         CheckpointError: the system cannot read a file.
     """
-    base_look, delta_look = look_at(base, []), look_at(delta, [])
     problems: list[Problem] = []
     if base_look.looks_like == "delta":
         message = f"looks like a delta, and a base is a whole model: {base_look.reasons[0]}"
@@ -40,6 +39,7 @@ def suspect(base: Checkpoint, delta: Checkpoint) -> tuple[list[Problem], list[st
         message = "all that was read of it is zero: a download that was preallocated, and never finished?"
         problems.append(Problem("all_zero", str(base.path), message))
     problems += _already_rebuilt(base)
+    problems += _other_size(base, base_look, delta_look)
     for side, look in (("base", base_look), ("delta", delta_look)):
         problems += [
             Problem("non_finite", f"{odd['where']} of the {side}", odd["message"])
@@ -67,6 +67,18 @@ def _is_all_zero(look: Look) -> bool:
     return bool(read) and not any(
         figures.get("magnitude") or figures.get("standard_deviation") or figures.get("mean") for figures in read
     )
+
+
+def _other_size(base: Checkpoint, base_look: Look, delta_look: Look) -> list[Problem]:
+    """The finding that base and delta are of models of different sizes: one problem instead of one a tensor."""
+    sizes = [look.architecture["shapes"] for look in (base_look, delta_look)]
+    for key in ("hidden_size", "intermediate_size"):
+        values = {shown[key] for shown in sizes}
+        if None in values or len(values) < 2:
+            return []
+    here, other = (f"{shown['num_hidden_layers']} layers of {shown['hidden_size']:,}" for shown in sizes)
+    message = f"has {here}, and the delta has {other}: they are of models of different sizes"
+    return [Problem("size", str(base.path), message)]
 
 
 def _already_rebuilt(base: Checkpoint) -> list[Problem]:

@@ -12,6 +12,7 @@ from bayling_delta import engine
 from bayling_delta.adding import Difference
 from bayling_delta.applying import additions_on, input_problems, recipe_of, result_digests
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
+from bayling_delta.downloads import expected_sha256
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.expectations import (
@@ -147,7 +148,15 @@ def _plan_comparison(
     if dtype is None and exists(manifest):
         dtype = read_manifest(manifest).dtype
     chosen = recipe_of(recipe, model)
-    return make_plan(opened[0], opened[1], recipe=chosen, dtype=dtype, memory_limit=memory_limit, model=opened[2])
+    return make_plan(
+        opened[0],
+        opened[1],
+        recipe=chosen,
+        dtype=dtype,
+        memory_limit=memory_limit,
+        model=opened[2],
+        digest_files={file.path for side in opened[:2] for file in side.files if expected_sha256(file.path)},
+    )
 
 
 def against_expectations(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:

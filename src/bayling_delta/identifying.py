@@ -1,0 +1,214 @@
+"""Which releases the inputs are, by name or small tensors before the run and by digests in it, and what follows.
+
+A release is recognised by the id of the Hub that a directory was fetched from, by the digests of its norm weights,
+or by the digest of a weight file. Shapes, sizes and names recognise nothing: they are shared by models that differ.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bayling_delta.checkpoint import Checkpoint
+from bayling_delta.downloads import expected_sha256, origin, record_source
+from bayling_delta.errors import Problem
+from bayling_delta.inspecting import Look
+from bayling_delta.recipes import Recipe
+from bayling_delta.release_entry import Form, Release
+from bayling_delta.releases import Registry, accepted_sha256
+
+__all__ = [
+    "FileRecords",
+    "Identity",
+    "files_worth_a_digest",
+    "identify",
+    "look_up",
+    "pairing_problems",
+    "recipe_problems",
+    "sign_problems",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The release that a checkpoint was recognised as."""
+
+    release: Release
+    forms: tuple[Form, ...]
+    """The forms of it that this can be."""
+    by: str
+    """What it was recognised by, in words."""
+
+    def __str__(self) -> str:
+        return f"{self.release.title} (by {self.by})"
+
+
+# before the run
+
+
+def identify(checkpoint: Checkpoint, look: Look, registry: Registry) -> Identity | None:
+    """Recognise a checkpoint without reading more of it than ``look`` has."""
+    found = origin(checkpoint.directory)
+    release = registry.find(found.repo) if found else None
+    if found and release:
+        forms = tuple(form for form in release.forms if found.repo.lower() in map(str.lower, form.hub))
+        return Identity(release, forms or release.forms, f"its place in the Hub's cache, {found.repo}")
+    for release in registry.releases:
+        known = release.weights.small_tensors if release.weights else {}
+        common = known.keys() & look.small_digests.keys()
+        if common and all(known[name] == look.small_digests[name] for name in common):
+            return Identity(release, release.forms, f"the digests of {len(common)} small tensors")
+    return None
+
+
+def files_worth_a_digest(checkpoint: Checkpoint, identity: Identity | None, registry: Registry) -> set[Path]:
+    """The weight files whose digest somebody may have recorded: by their exact size, by name, or on the Hub."""
+    named = {file.name for form in identity.forms for file in form.files if file.sha256} if identity else set()
+    return {
+        file.path
+        for file in checkpoint.files
+        if file.path.name in named or registry.of_size(file.size) or expected_sha256(file.path)
+    }
+
+
+def pairing_problems(
+    base: Checkpoint, base_identity: Identity | None, delta: Checkpoint, delta_identity: Identity | None,
+    registry: Registry,
+) -> list[Problem]:  # fmt: skip
+    """What recognised inputs say against their being added."""
+    problems: list[Problem] = []
+    if base_identity and base_identity.release.kind == "delta":
+        message = f"is {base_identity}, which is a delta, and a base is a whole model"
+        problems.append(Problem("looks_like_delta", str(base.path), message))
+    if delta_identity and delta_identity.release.kind in ("full", "base"):
+        message = f"is {delta_identity}: these are whole weights already, and nothing needs to be added to them"
+        problems.append(Problem("looks_like_model", str(delta.path), message))
+    if delta_identity and (
+        delta_identity.release.kind in ("xor", "other")
+        or (delta_identity.release.kind == "delta" and delta_identity.release.recipe is None)
+    ):
+        message = f"is {delta_identity}, for which there is no rule here; see 'bayling-delta releases"
+        problems.append(Problem("no_recipe", str(delta.path), f"{message} {delta_identity.release.name}'"))
+    if (
+        base_identity
+        and delta_identity
+        and base_identity.release.kind != "delta"
+        and delta_identity.release.bases
+        and not registry.fits(base_identity.release, delta_identity.release)
+    ):
+        message = (
+            f"is {base_identity}; {delta_identity.release.title} was made against {_bases(delta_identity, registry)}"
+        )
+        problems.append(Problem("wrong_base", str(base.path), message))
+    return problems
+
+
+def _bases(delta: Identity, registry: Registry) -> str:
+    known = (registry.find(name) for name in delta.release.bases)
+    return " or ".join(release.title for release in known if release)
+
+
+def recipe_problems(delta: Checkpoint, identity: Identity | None, recipe: Recipe) -> list[Problem]:
+    """The finding that the release that a delta is has another recipe than the sum is made by."""
+    wanted = identity.release.recipe if identity else None
+    if wanted in (None, recipe.name):
+        return []
+    message = f"is {identity}, whose recipe is {wanted}, and the sum is made by {recipe.name}; give it with --recipe"
+    return [Problem("recipe", str(delta.path), message)]
+
+
+def sign_problems(look: Look, delta: Identity | None, registry: Registry) -> list[Problem]:
+    """Signs that a base is not the one that a known delta was made against; they can be overruled."""
+    known = [release for name in delta.release.bases if (release := registry.find(name))] if delta else []
+    if delta is None or not known:
+        return []
+    problems: list[Problem] = []
+    for odd in look.odd:
+        against = f"{odd['message']}. {delta.release.title} was made against {_bases(delta, registry)}"
+        if odd["kind"] == "bfloat16" and all(release.weights and release.weights.dtype == "F16" for release in known):
+            problems.append(Problem("bfloat16", odd["where"], against))
+        if odd["kind"] == "generation":
+            problems.append(Problem("wrong_base", odd["where"], against))
+    return problems
+
+
+# in the run
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecords:
+    """What is on record of a checkpoint's weight files, once they have been digested."""
+
+    identity: Identity | None
+    """What the files are, if that is known by now."""
+    verification: tuple[dict[str, Any], ...]
+    """As the manifest has it: an entry for each file."""
+    problems: tuple[Problem, ...]
+    """Files that should be on record with another digest."""
+    unrecorded: tuple[str, ...]
+    """The names of files that match no record."""
+
+
+def look_up(
+    role: str, checkpoint: Checkpoint, sha256: Mapping[str, str | None], identity: Identity | None, registry: Registry
+) -> FileRecords:
+    """Look the digests of a checkpoint's weight files up.
+
+    ``sha256`` is in hex, by file name; None where a file was not digested whole. A file that is on no record proves
+    nothing, unless the release is known, by name or by a file beside it, and has another digest for this very file.
+    """
+    names = [file.path.name for file in checkpoint.files]
+    identity = _by_digests(names, sha256, registry) or identity
+    entries: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    unrecorded: list[str] = []
+    for name in names:
+        digest = sha256.get(name)
+        matches = list(_matches(checkpoint, name, digest, registry))
+        if not matches:
+            unrecorded.append(name)
+            matches = [(None, None)]
+            accepted = accepted_sha256(identity.forms, name) if identity and digest else None
+            if identity and accepted:
+                message = f"has the SHA-256 {digest}; {identity} has {' or '.join(sorted(accepted))} on record"
+                problems.append(Problem("digest", str(checkpoint.directory / name), message))
+        entries += [
+            {
+                "what": f"{role}: {name}",
+                "against": against,
+                "outcome": "match" if against else "no record",
+                "source": source,
+            }
+            for against, source in matches
+        ]
+    return FileRecords(identity, tuple(entries), tuple(problems), tuple(unrecorded))
+
+
+def _by_digests(names: Iterable[str], sha256: Mapping[str, str | None], registry: Registry) -> Identity | None:
+    """The release that has most of the files on record, in the forms that have them; the first of several."""
+    found: dict[str, list[str]] = {}
+    forms: dict[str, dict[str, Form]] = {}
+    releases: dict[str, Release] = {}
+    for name in names:
+        for record in registry.identify(sha256.get(name) or ""):
+            releases[record.release.name] = record.release
+            found.setdefault(record.release.name, []).append(name)
+            forms.setdefault(record.release.name, {})[record.form.title] = record.form
+    if not found:
+        return None
+    best = max(found, key=lambda release: len(set(found[release])))
+    return Identity(releases[best], tuple(forms[best].values()), f"the SHA-256 of {found[best][0]}")
+
+
+def _matches(
+    checkpoint: Checkpoint, name: str, digest: str | None, registry: Registry
+) -> Iterable[tuple[str | None, str | None]]:
+    """What a file's digest was held against and found the same: (what it is, where that is recorded)."""
+    if digest is None:
+        return
+    if expected_sha256(checkpoint.directory / name) == digest:
+        yield "the SHA-256 that the Hub had for it", record_source(checkpoint.directory)
+    for record in registry.identify(digest):
+        sources = record.file.source or record.form.source
+        cited = "; ".join(record.release.sources[key] for key in sources)
+        yield f"{record.release.title}: {record.file.name}", cited
