@@ -128,10 +128,10 @@ def row_major_bytes(tensor: Tensor) -> bytes:
 
 def read_tensor(source: Source, ref: TensorRef, tile_bytes: int) -> bytes:
     """What we say they are: from the file as they lie, or in tiles."""
-    if ref.strides is None:
-        return read_bytes(source, ref.offset, ref.nbytes)
+    if ref.in_order:
+        return read_bytes(source, ref.views[0].offset, ref.nbytes)
     whole = bytearray()
-    for tile in tiles(source, ref, tile_bytes):
+    for tile in tiles({source.path: source}, ref, tile_bytes):
         assert tile.start == len(whole)
         part = bytearray(tile.nbytes)
         tile.copy(memoryview(part), 0)

@@ -5,7 +5,7 @@ import mmap
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def test_nothing_is_copied_between_kernel_addition_digests_and_kernel(
     plan = planned(*places)
     real = hashlib.sha256
     monkeypatch.setattr(engine, "allocate", allocate)
-    monkeypatch.setattr(hashlib, "sha256", Sha256)
+    monkeypatch.setattr(engine, "Digester", lambda sizes, new=Sha256: windows.Digester(sizes, new))
     census, outcome = carried_out(plan, tmp_path / "out", additions=additions)
     for entries in (*census.reads.values(), *census.writes.values()):
         assert all(any(first <= where < last for first, last in buffers) for _, _, where in entries)
@@ -198,12 +198,19 @@ def test_nothing_is_copied_between_kernel_addition_digests_and_kernel(
         assert outcome.result.files[file.name] == real((tmp_path / "out" / file.name).read_bytes()).hexdigest()
 
 
+class Refusing(windows.Digester):
+    """A digester that nothing must be given to."""
+
+    def update(self, buffer: memoryview, pieces: Sequence[windows.Piece]) -> None:
+        assert not pieces, f"{len(buffer)} bytes were digested"
+
+
 def test_a_run_without_digests_computes_none(
     places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(*places)
     _, with_digests = carried_out(plan, tmp_path / "with")
-    monkeypatch.delattr(hashlib, "sha256")
+    monkeypatch.setattr(engine, "Digester", Refusing)
     _, without = carried_out(plan, tmp_path / "without", digests=False)
     assert without.result == without.base == without.delta == engine.Digests({}, {})
     assert with_digests.result.files.keys() == {file.name for file in plan.files}

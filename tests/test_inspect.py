@@ -19,6 +19,7 @@ from bayling_delta.checkpoint import survey
 from bayling_delta.errors import CheckpointError
 from bayling_delta.safetensors_format import lay_out
 from bayling_delta.system import System, using
+from tests.meta import PLAIN, random_model, save_meta
 from tests.pairs import CONFIG, StateDict, llama, save
 from tests.test_schemas import check
 from tests.test_startup import HEAVY, modules_after
@@ -88,11 +89,12 @@ def test_architecture_from_config_and_from_shapes(tmp_path: Path) -> None:
     sizes = {key: CONFIG[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")}
     sizes |= {key: CONFIG[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
     document = inspect_checkpoint(model(tmp_path, full(rotary=True)))
-    architecture = {"class": "LlamaForCausalLM", "model_type": "llama", "config": sizes, "shapes": sizes}
-    assert document["architecture"] == architecture
+    named = {"source": "config.json", "class": "LlamaForCausalLM", "model_type": "llama"}
+    assert document["architecture"] == {**named, "config": sizes, "shapes": sizes}
     alone = inspect_checkpoint(save(tmp_path / "alone", full(rotary=True), config=None))
     nothing = dict.fromkeys(sizes)
-    assert alone["architecture"] == {"class": None, "model_type": None, "config": nothing, "shapes": sizes}
+    unnamed = {"source": "config.json", "class": None, "model_type": None}
+    assert alone["architecture"] == {**unnamed, "config": nothing, "shapes": sizes}
 
 
 def test_grouped_queries(tmp_path: Path) -> None:
@@ -241,6 +243,13 @@ def tokens(words: int) -> dict[str, Any]:
     return {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<a>"}, {"content": "<b>"}, {"content": "0"}]}
 
 
+def parts_of_two_models(place: Path) -> Path:
+    directory = save_meta(place / "model", random_model(PLAIN), PLAIN, 2)
+    other = save_meta(place / "other", random_model(PLAIN, seed=1), PLAIN, 2)
+    (other / "consolidated.01.pth").rename(directory / "consolidated.01.pth")
+    return directory
+
+
 QUANTISED = full() | {"model.layers.0.self_attn.q_proj.qweight": torch.zeros((8, 8), dtype=torch.int32)}
 LLAMA_WORDS = grown(32000)
 SWAPPED = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": {"content": "</s>"}}
@@ -261,6 +270,7 @@ ODD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "GPTQ": (lambda p: model(p, QUANTISED), "quantised", "q_proj.qweight"),
     "int8": (lambda p: model(p, full() | {GATE: torch.ones((96, 64), dtype=torch.int8)}), "quantised", GATE),
     "int8 and tied": (lambda p: model(p, int8_embeddings(), tie_word_embeddings=True), "quantised", "2 tensors"),
+    "parts of two models": (parts_of_two_models, "copies", "has other values than consolidated.00.pth in 5 of"),
     "both containers": (both_containers, "both_containers", "and safetensors is described here"),
     "another shard": (stray_shard, "stray_weights", "pytorch_model-00003-of-00003.bin"),
     "other files": (lambda p: beside(model(p), {"modeling.py": ""}), "extra_files", "modeling.py"),

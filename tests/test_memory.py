@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bayling_delta.safetensors_format import lay_out
+from tests.meta import Size
 
 MIB = 1 << 20
 LAUNCH = """
@@ -106,6 +107,34 @@ def test_a_transposed_tensor(tmp_path: Path) -> None:
     save_transposed(tmp_path / "base", 8192, 16384)
     save_sparse(tmp_path / "delta", {"t": (8192, 16384)})
     assert apply_peak(tmp_path) < bound(64 * MIB, 1)
+
+
+def save_meta_parts(directory: Path, size: Size, parts: int) -> None:
+    """A folder in Meta's format, made in a process of its own."""
+    script = """
+import sys
+from pathlib import Path
+import torch
+from tests.meta import Size, random_model, save_meta
+size = Size(*map(int, sys.argv[3:]))
+save_meta(Path(sys.argv[1]), random_model(size), size, int(sys.argv[2]), shared=True)
+"""
+    words = [str(directory), str(parts), *map(str, size)]
+    subprocess.run([sys.executable, "-c", script, *words], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_base_in_metas_format(tmp_path: Path) -> None:
+    """Matrices of 33 MB that are joined and permuted; a head has 1 MiB, as in the 7B."""
+    size = Size(dim=4096, layers=1, heads=32, kv_heads=32, inner=512, words=64)
+    save_meta_parts(tmp_path / "base", size, 2)
+    shapes = llama_shapes(1, size.dim, size.inner)
+    shapes["model.layers.0.mlp.down_proj.weight"] = (size.dim, size.inner)
+    shapes["model.layers.0.post_attention_layernorm.weight"] = (size.dim,)
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (size.words, size.dim))
+    save_sparse(tmp_path / "delta", shapes)
+    for limit in (4 * MIB, 64 * MIB):
+        assert apply_peak(tmp_path, limit) < bound(limit, len(shapes))
+        (tmp_path / "out").rename(tmp_path / f"out-{limit}")
 
 
 # the sizes of real models

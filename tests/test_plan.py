@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from bayling_delta.errors import UsageError
 from bayling_delta.plan import OutputTensor, cut_into_files, make_budget
 from bayling_delta.reads import Gather, ReadList, Span, in_stored_order
-from bayling_delta.tensors import TensorRef, natural_key
+from bayling_delta.tensors import natural_key, one_view
 
 HERE = Path("model.bin")
 
 
 def output_tensor(name: str, shape: tuple[int, ...], offset: int = 0, dtype: str = "F16") -> OutputTensor:
-    ref = TensorRef(HERE, offset, dtype, shape)
+    ref = one_view(HERE, offset, dtype, shape)
     return OutputTensor(name, dtype, shape, ref, ref)
 
 
@@ -81,10 +81,10 @@ def test_the_recorded_index_of_a_llama_conversion_comes_out_again(model: str) ->
 
 def test_stored_order_counts_numbers_as_numbers() -> None:
     refs = {
-        "b": TensorRef(Path("model-10.bin"), 0, "F16", ()),
-        "a": TensorRef(Path("model-9.bin"), 64, "F16", ()),
-        "z": TensorRef(Path("model-9.bin"), 0, "F16", ()),
-        "y": TensorRef(Path("model-9.bin"), 0, "F16", ()),
+        "b": one_view(Path("model-10.bin"), 0, "F16", ()),
+        "a": one_view(Path("model-9.bin"), 64, "F16", ()),
+        "z": one_view(Path("model-9.bin"), 0, "F16", ()),
+        "y": one_view(Path("model-9.bin"), 0, "F16", ()),
     }
     assert [name for name, _ in in_stored_order(refs)] == ["y", "z", "a", "b"]
 
@@ -95,8 +95,8 @@ def test_natural_keys_can_always_be_compared(one: str, other: str) -> None:
 
 
 def reads(gathers: int) -> ReadList:
-    ref = TensorRef(HERE, 0, "F16", (4, 4), (1, 4))
-    return ReadList((Span(HERE, 0, 10, False, ()), *([Gather(ref, "t")] * gathers)), {}, {})
+    ref = one_view(HERE, 0, "F16", (4, 4), (1, 4))
+    return ReadList((Span(HERE, 0, 10, False, ()), *([Gather(ref, "t")] * gathers)), {}, {}, {})
 
 
 @given(st.integers(0, 1 << 32), st.integers(0, 1), st.integers(0, 1))

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from bayling_delta import applying, cli, engine
 
-    applying.plan_apply = clock.around("plan", applying.plan_apply)
+    applying._prepare = clock.around("plan", applying._prepare)  # both the plan and the run begin with it
     run = _undigested(engine.run) if options.no_digests else engine.run
     run = clock.around("engine", run)
     engine.run = _without_sink(run) if options.no_sink else run

@@ -186,14 +186,14 @@ class Adder:
         They are where they were read, or copied from there if that is an odd address.
         """
         item_bytes = DTYPES[ref.dtype]
-        space = ref.file if ref.strides is None else ref
-        position = done * item_bytes + (ref.offset if ref.strides is None else 0)
+        space, position, end = _place(ref, done * item_bytes)
         window = yield from self._seek(stream, space, position)
         start = position - window.origin
         if start % item_bytes == 0:
-            return np.frombuffer(window.buffer, STORED[ref.dtype], (window.stop - position) // item_bytes, start)
+            count = (min(window.stop, end) - position) // item_bytes
+            return np.frombuffer(window.buffer, STORED[ref.dtype], count, start)
         bounce = self._bounce[stream]
-        wanted = min(bounce.size, ref.nbytes - done * item_bytes)
+        wanted = min(bounce.size, end - position)
         copied = 0
         while copied < wanted:
             window = yield from self._seek(stream, space, position + copied)
@@ -212,3 +212,15 @@ class Adder:
                 self._release(window)
             window = self._current[stream] = yield stream
         return window
+
+
+def _place(ref: TensorRef, start: int) -> tuple[Path | TensorRef, int, int]:
+    """Where a tensor's bytes from ``start`` on come by: the windows' space, the position in it, and how far they go."""
+    if not ref.in_order:
+        return ref, start, ref.nbytes
+    for view in ref.views:
+        nbytes = view.elements * DTYPES[ref.dtype]
+        if start < nbytes:
+            return view.file, view.offset + start, view.offset + nbytes
+        start -= nbytes
+    raise ValueError("a tensor has no bytes there")

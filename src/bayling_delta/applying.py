@@ -14,7 +14,14 @@ from bayling_delta.checkpoint import Checkpoint, directory_of, open_checkpoint
 from bayling_delta.downloads import origin
 from bayling_delta.engine import DEFAULT_THREADS, Digests, Outcome, Progress
 from bayling_delta.errors import BaylingDeltaError, CheckpointError, Problem, refuse
-from bayling_delta.expectations import download_problems, read_manifest
+from bayling_delta.expectations import (
+    Expectation,
+    FoundFile,
+    differences,
+    download_problems,
+    own_expectations,
+    read_manifest,
+)
 from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
 from bayling_delta.hub import local_copies
 from bayling_delta.identifying import (
@@ -183,8 +190,8 @@ def _check_inputs(
         budget = make_budget(memory_limit, [reads])
         digests, damage = engine.digest(checkpoint, reads, budget, threads=threads, progress=progress)
         problems += damage
-        problems += _download_problems(checkpoint, digests)
-        found[role] = look_up(role, checkpoint, digests.files, identities[role], registry)
+        problems += _differences(checkpoint, own_expectations(checkpoint.directory), digests)
+        found[role] = look_up(role, checkpoint, digests, identities[role], registry)
     refuse(problems)
     return found
 
@@ -319,7 +326,7 @@ def additions_on(device: str) -> Additions:
 def _look_up_inputs(prepared: _Prepared, outcome: Outcome) -> dict[str, FileRecords]:
     plan = prepared.plan
     return {
-        role: look_up(role, checkpoint, digests.files, prepared.identities[role], prepared.registry)
+        role: look_up(role, checkpoint, digests, prepared.identities[role], prepared.registry)
         for role, checkpoint, digests in (("base", plan.base, outcome.base), ("delta", plan.delta, outcome.delta))
     }
 
@@ -355,15 +362,31 @@ def _result_problems(
 
 
 def input_problems(plan: Plan, outcome: Outcome) -> list[Problem]:
-    """The weight files of base and delta that are not what the Hub had when they were fetched."""
-    return [*_download_problems(plan.base, outcome.base), *_download_problems(plan.delta, outcome.delta)]
+    """The weight files of the inputs that are not what is recorded of them, beside them or on the Hub."""
+    return [
+        *_differences(plan.base, plan.base_records, outcome.base),
+        *_differences(plan.delta, plan.delta_records, outcome.delta),
+    ]
 
 
-def _download_problems(checkpoint: Checkpoint, digests: Digests) -> list[Problem]:
-    sizes = {file.path.name: file.size for file in checkpoint.files}
-    return download_problems(
-        checkpoint.directory, {name: (sizes[name], sha256) for name, sha256 in digests.files.items()}
-    )
+def _differences(side: Checkpoint, records: Sequence[Expectation], digests: Digests) -> list[Problem]:
+    found = {
+        file.path.name: FoundFile(file.size, digests.files[file.path.name], digests.md5.get(file.path.name))
+        for file in side.files
+        if file.path.name in digests.files
+    }
+    return [
+        problem
+        for expected in records
+        for problem in differences(_of_weights(side, expected), side.directory, None, {}, found)
+    ]
+
+
+def _of_weights(side: Checkpoint, expected: Expectation) -> Expectation:
+    """What is recorded of an input's weight files alone."""
+    names = {file.path.name for file in side.files}
+    files = {name: file for name, file in expected.files.items() if name in names}
+    return replace(expected, weights_digest=None, tensors=None, files=files)
 
 
 def result_digests(plan: Plan, outcome: Outcome) -> list[TensorDigest]:
@@ -397,8 +420,8 @@ def _write_down(
         "changes": [{"file": file.name, "change": change} for file in beside for change in file.changes],
         "verification": [
             *_result_verification(result["weights_digest"], wanted, prepared.registry),
-            *records["base"].verification,
-            *records["delta"].verification,
+            *_input_verification("base", plan.base, plan.base_records, records["base"]),
+            *_input_verification("delta", plan.delta, plan.delta_records, records["delta"]),
         ],
     }
 
@@ -414,7 +437,7 @@ def _write_down(
             continue
         with open_source(companion.path) as source:
             size, sha256 = copy_file(source, directory / companion.name)
-        refuse(download_problems(plan.delta.directory, {companion.name: (size, sha256)}))
+        refuse(download_problems(plan.delta.directory, {companion.name: FoundFile(size, sha256)}))
         files.append(file_entry(companion.name, size, sha256))
     if len(plan.files) > 1:
         files.append(write("model.safetensors.index.json", _index(plan, placed)))
@@ -439,6 +462,20 @@ def _result_verification(digest: str, wanted: str | None, registry: Registry) ->
         }
         for against, source in found or [(None, None)]
     ]
+
+
+def _input_verification(
+    role: str, side: Checkpoint, records: Sequence[Expectation], looked_up: FileRecords
+) -> Iterator[dict[str, Any]]:
+    """What an input's weight files were held against: lists beside them, the Hub's record, the registry."""
+    for expected in records:
+        files = _of_weights(side, expected).files.values()
+        count = sum(1 for file in files if file.sha256 or file.md5)
+        if count and not expected.downloaded:
+            name = Path(expected.source).name
+            what = f"{count} weight {'file' if count == 1 else 'files'} of the {role}"
+            yield {"what": what, "against": name, "outcome": "match", "source": f"{name} beside the {role}"}
+    yield from looked_up.verification
 
 
 def _input_section(checkpoint: Checkpoint, digests: Digests, records: FileRecords) -> dict[str, Any]:

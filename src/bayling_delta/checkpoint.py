@@ -5,11 +5,12 @@ and no weights are read.
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from bayling_delta import safetensors_format, torch_format
+from bayling_delta import meta_format, safetensors_format, torch_format
 from bayling_delta.downloads import mended
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.sources import (
@@ -75,15 +76,19 @@ class Checkpoint:
     directory: Path
     """Where configuration and tokenizer lie."""
     container: str
-    """``safetensors`` or ``torch``; ``mixed`` only in a `survey`."""
+    """``safetensors``, ``torch`` or ``meta``; ``mixed`` only in a `survey`."""
     files: tuple[WeightFile, ...]
     """In the order of the index, or of their names."""
     tensors: dict[str, TensorRef]
     """Everything that the files hold."""
     config: dict[str, Any] | None
-    """config.json, where there is one."""
+    """config.json, where there is one; for Meta's format what one would say, derived from params.json."""
     notes: tuple[str, ...] = ()
     """What a user should know of how this was opened."""
+    config_name: str = "config.json"
+    """The file that ``config`` comes from."""
+    copies: Mapping[str, tuple[TensorRef, ...]] = field(default_factory=dict)
+    """Of the tensors that each of several parts has whole, and should have alike: that of every part."""
 
     @property
     def tied(self) -> bool:
@@ -122,6 +127,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def survey(path: Path) -> tuple[Checkpoint | None, list[Problem]]:
     """Open what can be opened, and list what is wrong with the rest; None where no tensor can be described."""
     try:
+        if (folder := _meta_folder(path)) is not None:
+            return _open_meta(path, folder)
         directory, index, files, notes, problems = _find_files(path)
     except CheckpointError as error:
         return None, list(error.problems)
@@ -177,8 +184,8 @@ def _no_directory(path: Path) -> Problem:
 
 
 def _no_weights(names: list[str]) -> str:
-    if "params.json" in names or any(name.startswith("consolidated.") for name in names):
-        return "is a folder in Meta's own format, which is not read yet; convert it to HuggingFace format first"
+    if meta_format.PARAMS_NAME in names:
+        return "has Meta's params.json, and none of the consolidated.NN.pth that go with it; download them"
     if {"lock", "model"} <= set(names):
         return "is what an unfinished run of 'bayling-delta apply' left, and no model"
     if {"blobs", "snapshots"} <= set(names):
@@ -281,7 +288,8 @@ def _open_shards(
             if not is_plain_name(tensor):
                 problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor[:80]!r}"))
             if tensor in tensors:
-                problems.append(Problem("index", str(shard), f"{tensor} is also in {tensors[tensor].file.name}"))
+                other = tensors[tensor].views[0].file.name
+                problems.append(Problem("index", str(shard), f"{tensor} is also in {other}"))
             tensors[tensor] = ref
     config: dict[str, Any] | None = None
     try:
@@ -308,6 +316,70 @@ def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, Tensor
         *(Problem("index", str(shard), f"lacks {name}, which the index places here; stale?") for name in absent),
         *(Problem("index", str(shard), f"has {name}, which the index does not place here; stale?") for name in stray),
     ]
+
+
+def _meta_folder(path: Path) -> Path | None:
+    """The folder in Meta's own format that a path is, or has the first part of; None where it is something else.
+
+    Where there are weights in HuggingFace's format too, as in its conversions of later models, these are taken.
+    """
+    if file_size(path) is not None:
+        return path.parent if meta_format.is_part(path.name) else None
+    names = list_directory(path) if is_directory(path) else []
+    converted = any(name == single or re.fullmatch(shards, name) for name in names for _, single, _, shards in LAYOUTS)
+    return path if not converted and any(map(meta_format.is_part, names)) else None
+
+
+def _open_meta(path: Path, folder: Path) -> tuple[Checkpoint | None, list[Problem]]:
+    """Open every part of a model in Meta's format, and join them; they are told apart by their numbers."""
+    names = [name for name in list_directory(folder) if meta_format.is_part(name)]
+    if path != folder and len(names) > 1:
+        what = f"is one of {len(names)} parts; name the folder that has them"
+        return None, [Problem("incomplete", str(path), what)]
+    problems: list[Problem] = []
+    opened: list[WeightFile] = []
+    parts: dict[int, dict[str, TensorRef]] = {}
+    for name in names:
+        try:
+            container, file, refs = _open_file(folder / name)
+        except (CheckpointError, IntegrityError) as error:
+            problems += error.problems
+            continue
+        if container != "torch":
+            what = "is a safetensors file, which Meta's are not; name it .safetensors if it has a model's weights"
+            problems.append(Problem("unsupported", str(folder / name), what))
+            continue
+        opened.append(file)
+        parts[int(name.split(".")[1])] = refs
+    params, table_problems = _read_params(folder / meta_format.PARAMS_NAME)
+    problems += table_problems
+    if params is None or not parts or len(parts) < len(names):
+        return None, problems
+    assembly, found = meta_format.assemble(folder, parts, params)
+    problems += found
+    if assembly is None:
+        return None, problems
+    checkpoint = Checkpoint(
+        path,
+        folder,
+        "meta",
+        tuple(opened),
+        assembly.tensors,
+        params.config,
+        config_name=meta_format.PARAMS_NAME,
+        copies=assembly.copies,
+    )
+    return checkpoint, problems
+
+
+def _read_params(path: Path) -> tuple[meta_format.Params | None, list[Problem]]:
+    if not exists(path):
+        what = "is not here, and without it nobody knows how many heads the model has; download it"
+        return None, [Problem("incomplete", str(path), what)]
+    try:
+        return meta_format.read_params(path, read_table(path))
+    except CheckpointError as error:
+        return None, list(error.problems)
 
 
 def is_plain_name(name: str) -> bool:

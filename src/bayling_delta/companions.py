@@ -33,6 +33,8 @@ _KNOWN: Final = re.compile(
     r"|pytorch_model.*\.bin|model.*\.safetensors"
 )
 """Understood, and not copied: the result has its own, or needs none."""
+_METAS: Final = ("params.json", "checklist.chk")
+"""The same, beside weights in Meta's own format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ def collect(delta: Checkpoint, dtype: str) -> list[Companion]:
             problems += error.problems
     refuse(problems)
     return [
-        _fit_config(companion, delta.config, dtype) if companion.name == "config.json" and delta.config else companion
+        _fit_config(companion, delta.config, dtype)
+        if companion.name == delta.config_name and delta.config
+        else companion
         for companion in companions
     ]
 
@@ -88,7 +92,10 @@ def foreign_files(checkpoint: Checkpoint) -> list[str]:
     return [
         name
         for name in list_directory(checkpoint.directory)
-        if name not in COPIED and name not in weights and not _KNOWN.fullmatch(name)
+        if name not in COPIED
+        and name not in weights
+        and not _KNOWN.fullmatch(name)
+        and not (checkpoint.container == "meta" and name in _METAS)
     ]
 
 

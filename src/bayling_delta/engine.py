@@ -6,9 +6,11 @@ gives it to the sink. A window goes back to where it is filled when all its user
 slowest station sets the pace, and memory stays what the plan says.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,9 +21,9 @@ from bayling_delta.crew import Crew, Station
 from bayling_delta.errors import Problem
 from bayling_delta.growing import mean_rows
 from bayling_delta.plan import Budget, OutputFile, Plan
-from bayling_delta.reads import ReadList
+from bayling_delta.reads import ReadList, undigested
 from bayling_delta.torch_format import record_damage
-from bayling_delta.windows import Digester, Reader, RecordChecker, Window, allocate
+from bayling_delta.windows import Digester, Reader, Window, allocate
 
 __all__ = ["DEFAULT_THREADS", "Digests", "Outcome", "Progress", "Sink", "digest", "run"]
 
@@ -51,12 +53,14 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """SHA-256 in hex, of what was digested of a checkpoint."""
+    """Digests in hex, of what was digested of a checkpoint."""
 
     files: dict[str, str]
-    """By file name."""
+    """SHA-256 by file name."""
     tensors: dict[str, str]
-    """By tensor name."""
+    """SHA-256 by tensor name."""
+    md5: dict[str, str] = field(default_factory=dict)
+    """MD5 by file name, where a list has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,14 @@ def run(
         CheckpointError: an input cannot be read, or is not what the plan was made of.
         OutputError: from the sink.
     """
-    flow = _Flow(threads, direct, digests)
+    if not digests:
+        plan = replace(
+            plan,
+            base_reads=undigested(plan.base_reads),
+            delta_reads=undigested(plan.delta_reads),
+            model_reads=undigested(plan.model_reads) if plan.model_reads else None,
+        )
+    flow = _Flow(threads, direct)
     adding = Station()
     tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors} if digests else {})
     files = Digester({file.name: file.size for file in plan.files} if digests else {})
@@ -144,7 +155,7 @@ def digest(
     Raises:
         CheckpointError: it cannot be read, or changes meanwhile.
     """
-    flow = _Flow(threads, direct, digests=True)
+    flow = _Flow(threads, direct)
     found = flow.read("model", checkpoint, reads, budget, None)
     flow.run(lambda: progress(min(found.reader.done_bytes, reads.nbytes), reads.nbytes) if progress else None)
     return found.digests(), found.damage()
@@ -156,10 +167,9 @@ def digest(
 class _Flow:
     """The crew, the windows, and what fills and digests them, for one run."""
 
-    def __init__(self, threads: int, direct: bool, digests: bool) -> None:
+    def __init__(self, threads: int, direct: bool) -> None:
         self._crew = Crew(threads)
         self._direct = direct
-        self._digests = digests
         self._lock = threading.Lock()
         self._free: list[Window] = []
         self._readers: list[Reader] = []
@@ -173,12 +183,12 @@ class _Flow:
     ) -> "_Input":
         """Have a checkpoint read and digested, and every window given to ``then`` too."""
         reader = Reader(reads, {file.path: file.stamp for file in checkpoint.files}, budget.tile_bytes, self._direct)
-        files, tensors = (reads.files, reads.tensors) if self._digests else ({}, {})
-        found = _Input(reader, Digester(files), Digester(tensors), RecordChecker(reads))
-        users: list[Station] = []
-        if self._digests:
-            users.append(self.station(found.check_files))
-        if tensors:
+        md5 = Digester(reads.md5, partial(hashlib.md5, usedforsecurity=False))
+        found = _Input(reader, Digester(reads.files), Digester(reads.tensors), md5)
+        users = [self.station(found.check_files)]
+        if reads.md5:
+            users.append(self.station(found.check_md5))
+        if reads.tensors:
             users.append(self.station(found.check_tensors))
         if then is not None:
             users.append(then)
@@ -232,23 +242,29 @@ class _Input:
     reader: Reader
     _files: Digester
     _tensors: Digester
-    _records: RecordChecker
+    _md5: Digester
 
     def check_files(self, window: Window) -> None:
         if window.whole and isinstance(window.space, Path):
             piece = (window.space.name, window.start - window.origin, window.stop - window.origin)
             self._files.update(window.buffer, [piece])
-        if window.records and isinstance(window.space, Path):
-            self._records.update(window.space, window.buffer, window.records)
+        if isinstance(window.space, Path):
+            for name, start, stop in window.records:
+                self.reader.records.update(window.space, name, window.origin + start, window.buffer[start:stop])
+
+    def check_md5(self, window: Window) -> None:
+        if window.whole and isinstance(window.space, Path) and window.space.name in self.reader.reads.md5:
+            piece = (window.space.name, window.start - window.origin, window.stop - window.origin)
+            self._md5.update(window.buffer, [piece])
 
     def check_tensors(self, window: Window) -> None:
         self._tensors.update(window.buffer, window.tensors)
 
     def digests(self) -> Digests:
-        return Digests(self._files.finish(), self._tensors.finish())
+        return Digests(self._files.finish(), self._tensors.finish(), self._md5.finish())
 
     def damage(self) -> list[Problem]:
-        return [record_damage(file, name) for file, name in sorted(self._records.damaged)]
+        return [record_damage(file, name) for file, name in sorted(self.reader.records.finish())]
 
 
 def _digest_file(digester: Digester, window: Window) -> None:

@@ -143,6 +143,7 @@ KINDS: dict[str, Kind] = {
     "already_rebuilt": Kind(MismatchError, "the base is itself the sum of a base and a delta", allow=True),
     "architecture": Kind(MismatchError, "config.json and the shapes disagree about the model's sizes", allow=True),
     "tokenizer": Kind(MismatchError, "the tokenizer has more tokens than the embedding has rows", allow=True),
+    "copies": Kind(MismatchError, "parts of a model disagree about a tensor that all have alike", allow=True),
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
     "non_finite": Kind(MismatchError, "an input or the result has infinite or NaN elements", allow=True),
     # 5: a digest differs

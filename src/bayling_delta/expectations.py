@@ -10,16 +10,26 @@ from typing import Any
 from bayling_delta.checkpoint import JSON_CAP, is_plain_name, read_table, stays_in_directory
 from bayling_delta.downloads import download_again, expected_sha256, record_source
 from bayling_delta.errors import CheckpointError, Problem
-from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, TensorDigest, parse_digest, sums_text, weights_digest
+from bayling_delta.manifest import (
+    CHECKLIST_NAME,
+    MANIFEST_NAME,
+    SUMS_NAME,
+    TensorDigest,
+    parse_digest,
+    sums_text,
+    weights_digest,
+)
 from bayling_delta.sources import exists, is_directory, list_directory, read_file
 from bayling_delta.tensors import DTYPES, FLOATS
 
 __all__ = [
     "Expectation",
     "ExpectedFile",
+    "FoundFile",
     "differences",
     "download_problems",
     "downloaded_files",
+    "listed_files",
     "own_expectations",
     "read_manifest",
     "read_sums",
@@ -31,8 +41,19 @@ __all__ = [
 class ExpectedFile:
     """What a file should be."""
 
-    sha256: str | None
+    sha256: str | None = None
     size: int | None = None
+    md5: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """What a file is."""
+
+    size: int
+    sha256: str
+    md5: str | None = None
+    """Only where a list has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +153,31 @@ def read_sums(path: Path) -> Expectation:
     Raises:
         CheckpointError: it cannot be read, or a line is not of that form.
     """
-    files: dict[str, ExpectedFile] = {}
+    files = {name: ExpectedFile(sha256=digest) for name, digest in _read_list(path, 64).items()}
+    return Expectation(str(path), files=files)
+
+
+def _read_checklist(path: Path) -> Expectation:
+    """Read a list as ``md5sum`` prints it; Meta's releases have one."""
+    files = {name: ExpectedFile(md5=digest) for name, digest in _read_list(path, 32).items()}
+    return Expectation(str(path), files=files)
+
+
+def _read_list(path: Path, digits: int) -> dict[str, str]:
+    """Digests of so many hexadecimal digits, by the names of files."""
+    digests: dict[str, str] = {}
     text = read_file(path, JSON_CAP).decode("utf-8", "surrogateescape")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
-        if not found or not stays_in_directory(found[2]) or found[2] in files:
+        found = re.fullmatch(rf"([0-9a-fA-F]{{{digits}}}) [ *](.+)", line)
+        if not found or not stays_in_directory(found[2]) or found[2] in digests:
             raise CheckpointError(Problem("record", str(path), f"line {number} is not 'DIGEST  NAME' of a file here"))
-        files[found[2]] = ExpectedFile(found[1].lower())
-    return Expectation(str(path), files=files)
+        digests[found[2]] = found[1].lower()
+    return digests
 
 
 def own_expectations(directory: Path) -> list[Expectation]:
     """What lies beside a model's weights of records of it."""
-    readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums))
+    readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums), (CHECKLIST_NAME, _read_checklist))
     written = [_as_record(read, directory / name) for name, read in readers if exists(directory / name)]
     names = list_directory(directory) if is_directory(directory) else []
     files = downloaded_files(directory, names)
@@ -161,10 +194,19 @@ def _as_downloaded(directory: Path, files: dict[str, ExpectedFile]) -> Expectati
     return Expectation(record_source(directory), files=files, downloaded=True)
 
 
-def download_problems(directory: Path, files: Mapping[str, tuple[int, str]]) -> list[Problem]:
-    """Files, given by name with size and SHA-256, that are not what the Hub had when they were fetched."""
+def download_problems(directory: Path, files: Mapping[str, FoundFile]) -> list[Problem]:
+    """Files, given by name, that are not what the Hub had when they were fetched."""
     expected = _as_downloaded(directory, downloaded_files(directory, files))
     return list(_file_differences(expected, directory, files))
+
+
+def listed_files(expectations: Iterable[Expectation], names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the named files of which a list has a digest, and those of which it has the MD5."""
+    known = {name: [expected.files[name] for expected in expectations if name in expected.files] for name in names}
+    return (
+        [name for name, files in known.items() if any(file.sha256 or file.md5 for file in files)],
+        [name for name, files in known.items() if any(file.md5 for file in files)],
+    )
 
 
 def _as_record(read: Callable[[Path], Expectation], path: Path) -> Expectation:
@@ -200,12 +242,12 @@ def differences(
     model: Path,
     tensors: Mapping[str, TensorDigest] | None,
     places: Mapping[str, str],
-    files: Mapping[str, tuple[int, str]],
+    files: Mapping[str, FoundFile],
 ) -> list[Problem]:
     """Everything in which a model is not what it is expected to be.
 
     ``tensors`` are the digests found, None where the weights cannot be opened; ``places`` says which file each
-    tensor is in; ``files`` are the sizes and digests of the files found, by name.
+    tensor is in; ``files`` are the files found, by name.
     """
     problems = list(_file_differences(expected, model, files))
     if tensors is not None and expected.tensors is not None:
@@ -216,19 +258,22 @@ def differences(
     return problems
 
 
-def _file_differences(expected: Expectation, model: Path, files: Mapping[str, tuple[int, str]]) -> Iterator[Problem]:
+def _file_differences(expected: Expectation, model: Path, files: Mapping[str, FoundFile]) -> Iterator[Problem]:
     for name, file in expected.files.items():
         where = str(model / name)
         if name not in files:
             if not exists(model / name):  # else why it cannot be read is told already
                 yield Problem("model", where, f"is in {expected.source}, but not here")
             continue
-        size, sha256 = files[name]
-        if file.size not in (None, size):
-            yield Problem("model", where, f"has {size:,} bytes; {expected.source} says {file.size:,}")
-        elif file.sha256 not in (None, sha256):
-            again = f"; download it again: {download_again(model / name)}" if expected.downloaded else ""
-            yield Problem("digest", where, f"its SHA-256 is {sha256}; {expected.source} says {file.sha256}{again}")
+        found = files[name]
+        again = f"; download it again: {download_again(model / name)}" if expected.downloaded else ""
+        if file.size not in (None, found.size):
+            yield Problem("model", where, f"has {found.size:,} bytes; {expected.source} says {file.size:,}")
+        elif file.sha256 not in (None, found.sha256):
+            what = f"its SHA-256 is {found.sha256}; {expected.source} says {file.sha256}{again}"
+            yield Problem("digest", where, what)
+        elif file.md5 not in (None, found.md5):
+            yield Problem("digest", where, f"its MD5 is {found.md5}; {expected.source} says {file.md5}")
 
 
 def _tensor_differences(

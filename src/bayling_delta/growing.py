@@ -1,12 +1,13 @@
 """The mean of a tensor's rows, which some recipes give a vocabulary's new rows. A pass of its own over that tensor."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Final
 
 import numpy as np
 
 from bayling_delta.arithmetic import STORED, Array, widen
-from bayling_delta.gathering import tiles
+from bayling_delta.gathering import read_elements
 from bayling_delta.plan import OutputTensor
 from bayling_delta.sources import open_source
 from bayling_delta.tensors import DTYPES
@@ -33,9 +34,12 @@ def mean_rows(tensors: Iterable[OutputTensor]) -> dict[str, Array]:
             continue
         rows, columns = base.shape
         total = np.zeros(columns)
-        with open_source(base.file) as source:
-            for tile in tiles(source, base, max(_BLOCK_BYTES, columns * DTYPES[base.dtype])):
-                values = widen(np.ascontiguousarray(tile.values).view(STORED[base.dtype]), base.dtype)
-                total += values.sum(axis=0, dtype=np.float64)
+        block_rows = max(1, _BLOCK_BYTES // (columns * DTYPES[base.dtype]))
+        with ExitStack() as stack:
+            sources = {view.file: stack.enter_context(open_source(view.file)) for view in base.views}
+            for row in range(0, rows, block_rows):
+                count = min(block_rows, rows - row) * columns
+                values = read_elements(sources, base, row * columns, count).view(STORED[base.dtype])
+                total += widen(values, base.dtype).reshape(-1, columns).sum(axis=0, dtype=np.float64)
         means[tensor.name] = (total / rows).astype(np.float32)
     return means

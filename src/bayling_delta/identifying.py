@@ -4,18 +4,19 @@ A release is recognised by the id of the Hub that a directory was fetched from, 
 or by the digest of a weight file. Shapes, sizes and names recognise nothing: they are shared by models that differ.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.downloads import expected_sha256, origin, record_source
+from bayling_delta.engine import Digests
 from bayling_delta.errors import Problem
 from bayling_delta.inspecting import Look
 from bayling_delta.recipes import Recipe
 from bayling_delta.release_entry import Form, Release
-from bayling_delta.releases import Registry, accepted_sha256
+from bayling_delta.releases import Record, Registry, accepted_sha256
 
 __all__ = [
     "FileRecords",
@@ -150,21 +151,22 @@ class FileRecords:
 
 
 def look_up(
-    role: str, checkpoint: Checkpoint, sha256: Mapping[str, str | None], identity: Identity | None, registry: Registry
+    role: str, checkpoint: Checkpoint, digests: Digests, identity: Identity | None, registry: Registry
 ) -> FileRecords:
-    """Look the digests of a checkpoint's weight files up.
+    """Look the digests of a checkpoint's weight files up, as far as they were taken.
 
-    ``sha256`` is in hex, by file name; None where a file was not digested whole. A file that is on no record proves
+    A file that is on no record proves
     nothing, unless the release is known, by name or by a file beside it, and has another digest for this very file.
     """
     names = [file.path.name for file in checkpoint.files]
-    identity = _by_digests(names, sha256, registry) or identity
+    found = {name: _recorded(name, digests, registry) for name in names}
+    identity = _by_digests(found) or identity
     entries: list[dict[str, Any]] = []
     problems: list[Problem] = []
     unrecorded: list[str] = []
     for name in names:
-        digest = sha256.get(name)
-        matches = list(_matches(checkpoint, name, digest, registry))
+        digest = digests.files.get(name)
+        matches = list(_matches(checkpoint, name, digest, found[name]))
         if not matches:
             unrecorded.append(name)
             matches = [(None, None)]
@@ -184,31 +186,32 @@ def look_up(
     return FileRecords(identity, tuple(entries), tuple(problems), tuple(unrecorded))
 
 
-def _by_digests(names: Iterable[str], sha256: Mapping[str, str | None], registry: Registry) -> Identity | None:
+def _recorded(name: str, digests: Digests, registry: Registry) -> tuple[Record, ...]:
+    """What is on record with a file's digests."""
+    found = registry.identify(digests.files.get(name, ""))
+    return found or registry.identify(digests.md5.get(name, ""), "md5")
+
+
+def _by_digests(found: Mapping[str, Sequence[Record]]) -> Identity | None:
     """The release that has most of the files on record, in the forms that have them; the first of several."""
-    found: dict[str, list[str]] = {}
-    forms: dict[str, dict[str, Form]] = {}
-    releases: dict[str, Release] = {}
-    for name in names:
-        for record in registry.identify(sha256.get(name) or ""):
-            releases[record.release.name] = record.release
-            found.setdefault(record.release.name, []).append(name)
-            forms.setdefault(record.release.name, {})[record.form.title] = record.form
-    if not found:
+    files: dict[str, set[str]] = {}
+    for name, records in found.items():
+        for record in records:
+            files.setdefault(record.release.name, set()).add(name)
+    if not files:
         return None
-    best = max(found, key=lambda release: len(set(found[release])))
-    return Identity(releases[best], tuple(forms[best].values()), f"the SHA-256 of {found[best][0]}")
+    best = max(files, key=lambda release: len(files[release]))
+    matched = [record for records in found.values() for record in records if record.release.name == best]
+    forms = {record.form.title: record.form for record in matched}
+    return Identity(matched[0].release, tuple(forms.values()), f"the digest of {min(files[best])}")
 
 
 def _matches(
-    checkpoint: Checkpoint, name: str, digest: str | None, registry: Registry
-) -> Iterable[tuple[str | None, str | None]]:
+    checkpoint: Checkpoint, name: str, sha256: str | None, records: Sequence[Record]
+) -> Iterator[tuple[str | None, str | None]]:
     """What a file's digest was held against and found the same: (what it is, where that is recorded)."""
-    if digest is None:
-        return
-    if expected_sha256(checkpoint.directory / name) == digest:
+    if sha256 is not None and expected_sha256(checkpoint.directory / name) == sha256:
         yield "the SHA-256 that the Hub had for it", record_source(checkpoint.directory)
-    for record in registry.identify(digest):
-        sources = record.file.source or record.form.source
-        cited = "; ".join(record.release.sources[key] for key in sources)
+    for record in records:
+        cited = "; ".join(record.release.sources[key] for key in record.file.source or record.form.source)
         yield f"{record.release.title}: {record.file.name}", cited

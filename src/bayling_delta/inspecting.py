@@ -115,7 +115,7 @@ def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
     complete = not problems and not re.search(r"-of-\d+\.", checkpoint.path.name)
     tensors = checkpoint.tensors
     tables = {name: _read_table(checkpoint.directory / name, problems) for name in _TOKENIZER_TABLES}
-    tokenizer = _tokenizer(checkpoint.directory, tables)
+    tokenizer = _tokenizer(checkpoint, tables)
     kinds = by_kind(tensors)
     architecture = _architecture(checkpoint, kinds)
     small, rows = take_samples(tensors, kinds)
@@ -160,7 +160,7 @@ def _digests(small: Sequence[Sample], tensors: Mapping[str, TensorRef]) -> dict[
 
 
 def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    tensors = Counter(ref.file for ref in checkpoint.tensors.values())
+    tensors = Counter(path for ref in checkpoint.tensors.values() for path in {view.file for view in ref.views})
     return [{"name": file.path.name, "size": file.size, "tensors": tensors[file.path]} for file in checkpoint.files]
 
 
@@ -194,6 +194,7 @@ def _architecture(checkpoint: Checkpoint, kinds: Mapping[str, Sequence[str]]) ->
     config = checkpoint.config or {}
     classes = config.get("architectures")
     return {
+        "source": checkpoint.config_name,
         "class": _text(classes[0]) if isinstance(classes, list) and classes else None,
         "model_type": _text(config.get("model_type")),
         "config": _sizes_by_config(config),
@@ -268,12 +269,17 @@ def _read_table(path: Path, problems: list[Problem]) -> dict[str, Any]:
     return table
 
 
-def _tokenizer(directory: Path, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _tokenizer(checkpoint: Checkpoint, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    directory = checkpoint.directory
+    files = [name for name in _TOKENIZER_FILES if file_size(directory / name) is not None]
+    model = "tokenizer.model"
+    if checkpoint.container == "meta" and model not in files:  # Meta's lies one level up, for all sizes
+        model = "../tokenizer.model"
+        files += [model] if file_size(directory / model) is not None else []
     return {
-        "files": [name for name in _TOKENIZER_FILES if file_size(directory / name) is not None],
+        "files": files,
         "class": _text(tables["tokenizer_config.json"].get("tokenizer_class")),
-        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"])
-        or _pieces(directory / "tokenizer.model"),
+        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"]) or _pieces(directory / model),
     }
 
 

@@ -19,6 +19,7 @@ from bayling_delta import __version__
 from bayling_delta.errors import Problem, UsageError
 
 __all__ = [
+    "CHECKLIST_NAME",
     "MANIFEST_NAME",
     "SUMS_NAME",
     "TensorDigest",
@@ -35,6 +36,8 @@ __all__ = [
 
 MANIFEST_NAME: Final = "bayling-delta.json"
 SUMS_NAME: Final = "SHA256SUMS"
+CHECKLIST_NAME: Final = "checklist.chk"
+"""What Meta calls the list of the MD5 of a model's files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint, loadable_files
 from bayling_delta.companions import foreign_files
+from bayling_delta.copies import copy_problems
 from bayling_delta.errors import Problem
 from bayling_delta.sampling import Sample
 from bayling_delta.sources import file_size
@@ -66,8 +67,8 @@ class Facts:
 
     @property
     def config_path(self) -> str:
-        """Where config.json is, or should be."""
-        return str(self.checkpoint.directory / "config.json")
+        """Where config.json is, or should be; for Meta's format, params.json."""
+        return str(self.checkpoint.directory / self.checkpoint.config_name)
 
 
 def find_oddities(facts: Facts) -> list[Odd]:
@@ -93,7 +94,7 @@ def _files(facts: Facts) -> Iterator[Odd]:
         for name in loadable_files(directory)
         if str(directory / name) not in known and not name.endswith(".index.json")
     ]
-    own_suffix = ".bin" if checkpoint.container == "torch" else ".safetensors"
+    own_suffix = {"torch": ".bin", "meta": ".pth"}.get(checkpoint.container, ".safetensors")
     if any(not name.endswith(own_suffix) for name in stray):
         what = (
             f"has safetensors and .bin weights: loaders take safetensors, and {checkpoint.container} is described here"
@@ -167,7 +168,8 @@ def _embeddings(facts: Facts) -> Iterator[Odd]:
     if rows is None:
         return
     if said not in (None, rows):
-        yield _odd("vocabulary", EMBEDDING, f"has {rows:,} rows; config.json says vocab_size {said:,}")
+        file = facts.checkpoint.config_name
+        yield _odd("vocabulary", EMBEDDING, f"has {rows:,} rows; {file} says vocab_size {said:,}")
     if head is not None and head.shape and head.shape[0] != rows:
         yield _odd("vocabulary", HEAD, f"has {head.shape[0]:,} rows; {EMBEDDING} has {rows:,}")
     added = rows % 64
@@ -257,6 +259,11 @@ def _tied(facts: Facts) -> Iterator[Odd]:
     yield _odd("tied", HEAD, what)
 
 
+def _copies(facts: Facts) -> Iterator[Odd]:
+    for problem in copy_problems(facts.checkpoint):
+        yield _odd(problem.kind, problem.where, problem.message)
+
+
 _CHECKS: Final[tuple[Callable[[Facts], Iterator[Odd]], ...]] = (
     _files,
     _config,
@@ -268,4 +275,5 @@ _CHECKS: Final[tuple[Callable[[Facts], Iterator[Odd]], ...]] = (
     _non_finite,
     _low_bits,
     _tied,
+    _copies,
 )

@@ -5,21 +5,20 @@ two tensors that should be one are (`tied_problem`).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
-from bayling_delta.errors import Problem, refuse
-from bayling_delta.gathering import tiles
+from bayling_delta.copies import copy_problems
+from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.expectations import Expectation, listed_files, own_expectations
+from bayling_delta.gathering import elements_digest
 from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
 from bayling_delta.recipes import PLAIN, Recipe
 from bayling_delta.safetensors_format import lay_out
-from bayling_delta.sources import open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import DTYPES, TensorRef
 
@@ -41,8 +40,6 @@ DEFAULT_MEMORY_LIMIT: Final = 64 << 20
 """Bytes of buffers."""
 _LARGEST_CHUNK: Final = 2 << 20
 _SMALLEST_CHUNK: Final = 16 << 10
-_COMPARED: Final = 1 << 20
-"""Bytes of two tensors that are held against each other at once."""
 
 
 # the output
@@ -103,6 +100,9 @@ class Plan:
     delta: Checkpoint
     model: Checkpoint | None
     """The existing model that the sum is compared with; None where the sum is written."""
+    base_records: tuple[Expectation, ...]
+    """What lies beside the base of records of its files."""
+    delta_records: tuple[Expectation, ...]
     files: tuple[OutputFile, ...]
     base_reads: ReadList
     delta_reads: ReadList
@@ -137,8 +137,9 @@ def make_plan(
     """Pair two checkpoints by a recipe and lay out the result.
 
     ``dtype`` (F16, BF16 or F32) casts the result once more. ``model`` is what the result will be compared with,
-    if anything. ``digest_files`` are digested whole even where that takes a read of its own. ``also`` are problems
-    found elsewhere, to be told together with those found here.
+    if anything. ``digest_files`` are digested whole even where that takes a read of its own, and so are files that
+    are recorded beside base and delta, or on the Hub. ``also`` are problems found elsewhere, to be told together
+    with those found here.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
@@ -146,6 +147,8 @@ def make_plan(
     base_weights, delta_weights = base.weights, delta.weights
     problems = [*also, *pair_problems(base, delta, recipe)]
     problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
+    problems += [problem for side in (base, delta) for problem in copy_problems(side)]
+    base_records, delta_records = _records_beside(base, problems), _records_beside(delta, problems)
     refuse(problems, allowed)
 
     model_weights = counted_weights(model) if model else {}
@@ -165,15 +168,61 @@ def make_plan(
         refuse(model_problems(model, model_weights, tensors))
     files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
-    base_reads = read_in_order_of(base, [(tensor.name, tensor.base) for tensor in needed if tensor.base], digest_files)
-    delta_reads = read_in_order_of(delta, [(tensor.name, tensor.delta) for tensor in needed], digest_files)
+    base_needed = [(tensor.name, tensor.base) for tensor in needed if tensor.base]
+    base_reads = read_in_order_of(base, base_needed, *_listed(base, base_records, digest_files))
+    delta_needed = [(tensor.name, tensor.delta) for tensor in needed]
+    delta_reads = read_in_order_of(delta, delta_needed, *_listed(delta, delta_records, digest_files))
     model_reads: ReadList | None = None
     if model:
         model_reads = read_in_order_of(model, [(tensor.name, tensor.model) for tensor in needed if tensor.model])
     streams = [reads for reads in (base_reads, delta_reads, model_reads) if reads]
     budget = make_budget(memory_limit, streams, outputs=1)
-    notes = base.notes + delta.notes
-    return Plan(recipe, base, delta, model, files, base_reads, delta_reads, model_reads, budget, notes)
+    notes = (*base.notes, *delta.notes, *_read_again(base, base_reads), *_read_again(delta, delta_reads))
+    return Plan(
+        recipe,
+        base,
+        delta,
+        model,
+        base_records,
+        delta_records,
+        files,
+        base_reads,
+        delta_reads,
+        model_reads,
+        budget,
+        notes,
+    )
+
+
+def _records_beside(side: Checkpoint, problems: list[Problem]) -> tuple[Expectation, ...]:
+    """What is recorded of an input beside it; a record that cannot be used is a problem, and is told once."""
+    try:
+        return tuple(own_expectations(side.directory))
+    except CheckpointError as error:
+        for problem in error.problems:
+            if problem not in problems:
+                advice = "; mend it, or move it away if it does not belong to these files"
+                problems.append(replace(problem, message=problem.message + advice))
+        return ()
+
+
+def _listed(
+    side: Checkpoint, records: Sequence[Expectation], digest_files: Collection[Path]
+) -> tuple[list[str], list[str]]:
+    """The weight files whose digest is recorded or asked for, and those of which it is an MD5."""
+    names = [file.path.name for file in side.files]
+    listed, md5 = listed_files(records, names)
+    asked = [file.path.name for file in side.files if file.path in digest_files]
+    return [name for name in names if name in {*listed, *asked}], md5
+
+
+def _read_again(side: Checkpoint, reads: ReadList) -> list[str]:
+    """What to tell where files are read once more, since a digest of them is recorded and their order is another."""
+    if not reads.tensors or not reads.files:
+        return []
+    size = sum(reads.files.values())
+    what = "a digest of each may be on record, and the sum meets their bytes in another order"
+    return [f"{side.directory}: {', '.join(reads.files)} are read once more ({size:,} bytes): {what}"]
 
 
 # the model to compare with, and tied weights
@@ -212,7 +261,8 @@ def tied_problem(checkpoint: Checkpoint) -> Problem | None:
     head, embedding = checkpoint.tensors.get(HEAD), checkpoint.tensors.get(EMBEDDING)
     if not checkpoint.tied or head is None or embedding is None or head == embedding:
         return None
-    if (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and _same_elements(head, embedding):
+    same_form = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if same_form and elements_digest(head) == elements_digest(embedding):
         return None
     return Problem(
         "tied",
@@ -220,12 +270,6 @@ def tied_problem(checkpoint: Checkpoint) -> Problem | None:
         f"config.json ties {HEAD} to {EMBEDDING}, but they differ; "
         "set tie_word_embeddings to false there if the model has a head of its own",
     )
-
-
-def _same_elements(one: TensorRef, other: TensorRef) -> bool:
-    with open_source(one.file) as source, open_source(other.file) as second:
-        pairs = zip(tiles(source, one, _COMPARED), tiles(second, other, _COMPARED), strict=True)
-        return all(np.array_equal(left.values, right.values) for left, right in pairs)
 
 
 # laying out
@@ -261,13 +305,14 @@ def make_budget(limit: int, reads: Sequence[ReadList], *, outputs: int = 0) -> B
     Raises:
         UsageError: the limit is too low; the message names the least that works.
     """
-    gathering = sum(read.gathers for read in reads)
+    gathering = sum(read.least_tile > 0 for read in reads)
+    least_tile = max((read.least_tile for read in reads), default=0)
     streams = len(reads) + outputs
-    least = 2 * streams * _SMALLEST_CHUNK + gathering * 4 * _SMALLEST_CHUNK
+    least = 2 * streams * _SMALLEST_CHUNK + gathering * least_tile
     if limit < least:
         message = f"{limit:,} bytes are too few for this plan; the least that works is {-(-least >> 10)}KiB"
         refuse([Problem("memory_limit", "--memory-limit", message)])
-    tile = limit // 4 // max(1, gathering) if gathering else 0
+    tile = max(least_tile, limit // 4 // gathering) if gathering else 0
     left = limit - tile * gathering
     chunk = min(_LARGEST_CHUNK, left // (4 * streams) // ALIGNMENT * ALIGNMENT)
     chunk = max(chunk, _SMALLEST_CHUNK)

@@ -1,18 +1,20 @@
 """Digest a checkpoint: what it is, so that it can be recorded and compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bayling_delta import companions, engine
 from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint
+from bayling_delta.copies import copy_problems
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
-from bayling_delta.expectations import download_problems
+from bayling_delta.expectations import FoundFile, download_problems
 from bayling_delta.files import new_file_problems, write_file
 from bayling_delta.hub import local_copies
 from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section, to_json
+from bayling_delta.meta_format import PARAMS_NAME
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, counted_weights, make_budget
 from bayling_delta.reads import read_whole
 from bayling_delta.sources import exists, open_source
@@ -43,11 +45,12 @@ def record(
     (model,) = local_copies([model], also=new_file_problems(output, model) if output else (), tell=tell)
     if output is not None:
         refuse(new_file_problems(output, directory_of(model)))
-    beside = [name for name in companions.COPIED if exists(directory_of(model) / name)]
+    names = (*companions.COPIED, PARAMS_NAME)
+    beside = [name for name in names if exists(directory_of(model) / name)]
     found = digest_model(model, beside, memory_limit=memory_limit, threads=threads, progress=progress)
     refuse([*found.problems, *download_problems(found.checkpoint.directory, found.files)])
     result = result_section((found.tensors or {}).values(), found.places)
-    result["files"] = [file_entry(name, size, sha256) for name, (size, sha256) in found.files.items()]
+    result["files"] = [file_entry(name, file.size, file.sha256) for name, file in found.files.items()]
     head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})
     manifest = {**head, "result": result, "changes": [], "verification": []}
     if output is not None:
@@ -64,21 +67,22 @@ class Found:
     """With no tensors where the weights could not be opened."""
     tensors: dict[str, TensorDigest] | None
     """None where the weights could not be opened."""
-    files: dict[str, tuple[int, str]]
-    """Size and SHA-256 of each file read."""
+    files: dict[str, FoundFile]
+    """Each file read, by name."""
     problems: tuple[Problem, ...]
     """What kept the weights from being opened, and damage that checksums found."""
 
     @property
     def places(self) -> dict[str, str]:
-        """Which file each tensor is in."""
-        return {name: ref.file.name for name, ref in self.checkpoint.tensors.items()}
+        """Which file each tensor is in; the first of its parts."""
+        return {name: ref.views[0].file.name for name, ref in self.checkpoint.tensors.items()}
 
 
 def digest_model(
     model: Path,
     names: Sequence[str] = (),
     *,
+    md5: Collection[str] = (),
     memory_limit: int,
     threads: int,
     progress: Progress | None = None,
@@ -86,7 +90,8 @@ def digest_model(
 ) -> Found:
     """Digest a model's weights, tensor by tensor and file by file, and the files ``names`` beside them, in one pass.
 
-    Where the weights cannot be opened: ``strict`` raises, else the files alone are digested.
+    ``md5`` names the files of which the MD5 is taken too. Where the weights cannot be opened: ``strict`` raises,
+    else the files alone are digested.
 
     Raises:
         CheckpointError: the model, or a file, cannot be read.
@@ -99,6 +104,7 @@ def digest_model(
             raise
         problems = tuple(replace(problem, kind="model") for problem in error.problems)
         checkpoint = Checkpoint(model, directory_of(model), "unknown", (), {}, None)
+    problems += tuple(p if strict else replace(p, kind="model") for p in copy_problems(checkpoint))
     weights = counted_weights(checkpoint)
     known = {file.path.name for file in checkpoint.files}
     beside: list[WeightFile] = []
@@ -113,7 +119,7 @@ def digest_model(
                 raise
             problems += tuple(replace(problem, kind="model") for problem in error.problems)
     everything = replace(checkpoint, files=(*checkpoint.files, *beside))
-    reads = read_whole(everything, weights)
+    reads = read_whole(everything, weights, [file.path.name for file in everything.files if file.path.name in md5])
     budget = make_budget(memory_limit, [reads])
     digests, damage = engine.digest(everything, reads, budget, threads=threads, progress=progress)
     tensors = {name: TensorDigest(name, ref.dtype, ref.shape, digests.tensors[name]) for name, ref in weights.items()}
@@ -121,6 +127,9 @@ def digest_model(
         model,
         checkpoint,
         tensors if checkpoint.tensors else None,
-        {file.path.name: (file.size, digests.files[file.path.name]) for file in everything.files},
+        {
+            name: FoundFile(size, digests.files[name], digests.md5.get(name))
+            for name, size in ((file.path.name, file.size) for file in everything.files)
+        },
         (*problems, *damage),
     )

@@ -105,7 +105,7 @@ def applied_text(manifest: dict[str, Any], out: Path, seconds: float) -> str:
 
 def _outcome_text(entry: dict[str, Any]) -> str:
     if entry["outcome"] == "match":
-        return f"matches {entry['source']}"
+        return f"{entry['what']} matches {entry['source']}"
     return "nothing recorded to compare with; keep the digest, and compare it with another person's"
 
 
@@ -206,15 +206,16 @@ _SIZE_WORDS: Final = {
 
 
 def _architecture_lines(architecture: dict[str, Any]) -> list[str]:
-    """The class, and the sizes as config.json and the shapes have them, one below the other."""
+    """The class, and the sizes as its configuration and the shapes have them, one below the other."""
     said, shown = architecture["config"], architecture["shapes"]
     known = [size for size in _SIZE_WORDS if said[size] is not None and shown[size] is not None]
+    file = architecture["source"]
     words = "agree" if all(said[size] == shown[size] for size in known) else "differ"
     name = architecture["class"] or architecture["model_type"] or "not named"
     table = [("", *_SIZE_WORDS.values())]
-    for source, sizes in (("config.json", said), ("the shapes", shown)):
+    for source, sizes in ((file, said), ("the shapes", shown)):
         table.append((source, *("?" if sizes[size] is None else f"{sizes[size]:,}" for size in _SIZE_WORDS)))
-    return [f"{name}; config.json and the shapes {words}" if known else name, *_columns(table, "<>>>>>>")]
+    return [f"{name}; {file} and the shapes {words}" if known else name, *_columns(table, "<>>>>>>")]
 
 
 def _tokenizer_line(tokenizer: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.strict_json import load_strict
-from bayling_delta.tensors import DTYPES, TensorRef
+from bayling_delta.tensors import DTYPES, TensorRef, one_view
 
 __all__ = ["lay_out", "parse"]
 
@@ -50,7 +50,7 @@ def parse(source: Source) -> dict[str, TensorRef]:
     start = 8 + length
     refs = {name: _entry(path, start, name, entry) for name, entry in entries.items()}
     position = start
-    in_order = sorted((ref.offset, ref.nbytes, name) for name, ref in refs.items())
+    in_order = sorted((ref.views[0].offset, ref.nbytes, name) for name, ref in refs.items())
     for offset, nbytes, name in in_order:
         if offset != position:
             wrong = "overlaps the tensor before it" if offset < position else "leaves a hole before it"
@@ -88,7 +88,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorRef:
         raise _damaged(path, f"{name} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{name} has the data_offsets {str(offsets)[:80]}, which are not a range")
-    ref = TensorRef(path, start + offsets[0], dtype, tuple(shape))
+    ref = one_view(path, start + offsets[0], dtype, tuple(shape))
     if ref.nbytes != offsets[1] - offsets[0]:
         raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {offsets[1] - offsets[0]:,}")
     return ref

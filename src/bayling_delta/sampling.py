@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -9,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bayling_delta.checkpoint import EMBEDDING, HEAD, is_rotary_buffer
-from bayling_delta.gathering import tiles
+from bayling_delta.gathering import read_elements
 from bayling_delta.sources import open_source
-from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, row_major
+from bayling_delta.tensors import FLOATS, TensorRef, row_major
 
 __all__ = ["Sample", "by_kind", "is_norm", "take_samples"]
 
@@ -95,8 +96,10 @@ def take_samples(
             large += _spread([name for name in known if len(tensors[name].shape) > 1], 2)  # from different depths
     ends = [name for name in large if name in (EMBEDDING, HEAD)]
     return (
-        [_read(name, tensors[name], [_whole(tensors[name])]) for name in _spread(norms, _NORMS)]
-        + [_read(name, tensors[name], [_whole(tensors[name])]) for name in _spread(others, _OTHER_SMALL)],
+        [
+            _read(name, tensors[name], _whole(tensors[name]))
+            for name in (*_spread(norms, _NORMS), *_spread(others, _OTHER_SMALL))
+        ],
         [_read(name, tensors[name], _rows(tensors[name])) for name in dict.fromkeys((*_spread(large, _LARGE), *ends))],
     )
 
@@ -108,23 +111,18 @@ def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
     return [items[(2 * place + 1) * len(items) // (2 * most)] for place in range(most)]
 
 
-def _whole(ref: TensorRef) -> TensorRef:
-    return TensorRef(
-        ref.file, ref.offset, ref.dtype, tuple(min(size, _SMALL_ELEMENTS) for size in ref.shape), ref.strides
-    )
+def _whole(ref: TensorRef) -> list[tuple[int, int]]:
+    """The beginning of a small tensor, as (first element, elements) in row-major order."""
+    return [(0, min(ref.elements, _SMALL_ELEMENTS))]
 
 
-def _rows(ref: TensorRef) -> list[TensorRef]:
-    """The beginnings of some rows, each a view of its own."""
-    strides = ref.strides or row_major(ref.shape)
-    shape = (min(ref.shape[-1], _ROW_ELEMENTS),)
-    return [
-        TensorRef(ref.file, ref.offset + row * strides[0] * DTYPES[ref.dtype], ref.dtype, shape, strides[-1:])
-        for row in _spread(range(ref.shape[0]), _ROWS)
-    ]
+def _rows(ref: TensorRef) -> list[tuple[int, int]]:
+    """The beginnings of some rows."""
+    stride = row_major(ref.shape)[0]
+    return [(row * stride, min(ref.shape[-1], _ROW_ELEMENTS)) for row in _spread(range(ref.shape[0]), _ROWS)]
 
 
-def _read(name: str, ref: TensorRef, parts: Iterable[TensorRef]) -> Sample:
-    with open_source(ref.file) as source:
-        pieces = [tile.values.reshape(-1).copy() for part in parts for tile in tiles(source, part, part.nbytes)]
-    return Sample(name, ref.dtype, np.concatenate(pieces))
+def _read(name: str, ref: TensorRef, ranges: Iterable[tuple[int, int]]) -> Sample:
+    with ExitStack() as stack:
+        sources = {path: stack.enter_context(open_source(path)) for path in {view.file for view in ref.views}}
+        return Sample(name, ref.dtype, np.concatenate([read_elements(sources, ref, *part) for part in ranges]))

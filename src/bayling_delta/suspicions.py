@@ -55,7 +55,7 @@ def suspect(base: Checkpoint, base_look: Look, delta: Checkpoint, delta_look: Lo
         Problem("architecture", odd["where"], odd["message"]) for odd in delta_look.odd if odd["kind"] == "architecture"
     ]
     notes = [f"{odd['where']}: {odd['message']}" for odd in base_look.odd if odd["kind"] in _NOTED]
-    if delta.config is None:
+    if not exists(delta.directory / "config.json"):
         notes.append(f"{delta.directory / 'config.json'}: is not there; the result needs one before it can be loaded")
     if foreign := foreign_files(delta):
         notes.append(f"{delta.directory}: not understood, and not copied: {', '.join(foreign)}")

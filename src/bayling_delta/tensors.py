@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DTYPES", "FLOATS", "TORCH_NAMES", "TensorRef", "natural_key", "row_major"]
+__all__ = ["DTYPES", "FLOATS", "TORCH_NAMES", "TensorRef", "View", "natural_key", "one_view", "row_major"]
 
 DTYPES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1,
@@ -23,18 +23,12 @@ TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "f
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
-    """One tensor's elements: a strided, little-endian view of a file's bytes.
-
-    A tensor in a safetensors file and a view into a storage of a ``.bin`` file both come down to this,
-    so nothing behind the format modules asks what kind of file it reads.
-    """
+class View:
+    """Elements that lie at regular distances in one file."""
 
     file: Path
     offset: int
     """Byte of the first element, from the start of the file."""
-    dtype: str
-    """A key of `DTYPES`."""
     shape: tuple[int, ...]
     """Empty for a scalar."""
     strides: tuple[int, ...] | None = None
@@ -46,12 +40,53 @@ class TensorRef:
         return math.prod(self.shape)
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides, whether or not they are those of row-major order."""
+        return row_major(self.shape) if self.strides is None else self.strides
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor's elements, little-endian: those of a view of a file, or of a few views joined along an axis.
+
+    In torch's words it is ``cat(views, axis).reshape(shape)``. A tensor in a safetensors file is one view, and so
+    is a view into a storage of a ``.bin`` file; one that Meta's releases cut into parts is a view for each part.
+    Nothing behind the format modules asks what kind of file it reads.
+    """
+
+    dtype: str
+    """A key of `DTYPES`."""
+    shape: tuple[int, ...]
+    """Empty for a scalar. A single view may have another shape of as many elements."""
+    views: tuple[View, ...]
+    """One at least."""
+    axis: int = 0
+    """0, where the views follow one another; 1, where they are matrices of which each has a piece of every row."""
+
+    @property
+    def elements(self) -> int:
+        """How many the shape says."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor itself, which a strided view's extent in the file may exceed."""
         return math.prod(self.shape) * DTYPES[self.dtype]
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the elements lie in row-major order, view after view."""
+        return not self.axis and all(view.strides is None for view in self.views)
+
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+
+def one_view(
+    file: Path, offset: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
+) -> TensorRef:
+    """The tensor that is a single view of a file."""
+    return TensorRef(dtype, shape, (View(file, offset, shape, strides),))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

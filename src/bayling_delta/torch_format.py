@@ -14,7 +14,7 @@ from bayling_delta.downloads import download_again
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
-from bayling_delta.tensors import DTYPES, TensorRef, row_major
+from bayling_delta.tensors import DTYPES, TensorRef, one_view, row_major
 from bayling_delta.zip_records import Record, read_records
 
 __all__ = ["parse", "record_damage"]
@@ -126,7 +126,7 @@ def _reference(path: Path, root: str, records: dict[str, Record], name: str, spe
         for size, stride, expected in zip(spec.shape, spec.strides, row_major(spec.shape), strict=True)
     )
     offset = record.offset + spec.offset * item_bytes
-    return TensorRef(path, offset, storage.dtype, spec.shape, None if contiguous else spec.strides)
+    return one_view(path, offset, storage.dtype, spec.shape, None if contiguous else spec.strides)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

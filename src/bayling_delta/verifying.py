@@ -19,6 +19,7 @@ from bayling_delta.expectations import (
     Expectation,
     ExpectedFile,
     differences,
+    listed_files,
     own_expectations,
     read_manifest,
     sums_problems,
@@ -74,7 +75,15 @@ def verify(
     readable = True
     if expectations:
         names = [name for expected in expectations for name in expected.files]
-        found = digest_model(model, names, memory_limit=memory_limit, threads=threads, progress=progress, strict=False)
+        found = digest_model(
+            model,
+            names,
+            md5=listed_files(expectations, names)[1],
+            memory_limit=memory_limit,
+            threads=threads,
+            progress=progress,
+            strict=False,
+        )
         problems += against_expectations(found, expectations)
         problems += unlisted_weights(found, expectations)
         problems += stray_weights(found.checkpoint, expectations)
@@ -173,7 +182,8 @@ def against_expectations(found: Found, expectations: Sequence[Expectation]) -> l
 
 
 def _is_told(before: ExpectedFile | None, file: ExpectedFile) -> bool:
-    return before is not None and before.sha256 == file.sha256 and file.size in (None, before.size)
+    alike = before is not None and (before.sha256, before.md5) == (file.sha256, file.md5)
+    return alike and before is not None and file.size in (None, before.size)
 
 
 def unlisted_weights(found: Found, expectations: Sequence[Expectation]) -> list[Problem]:
@@ -213,7 +223,7 @@ def against_sum(plan: Plan, found: dict[str, Difference]) -> list[Problem]:
     problems: list[Problem] = []
     for name, difference in found.items():
         tensor = shapes[name]
-        where = f"{tensor.model.file}: {name}" if tensor.model else name
+        where = f"{tensor.model.views[0].file}: {name}" if tensor.model else name
         values = "; ".join(
             f"{[int(index) for index in np.unravel_index(place, tensor.shape)]}: {model!r}, the sum is {total!r}"
             for place, total, model in difference.first

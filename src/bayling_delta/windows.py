@@ -2,7 +2,8 @@
 
 import hashlib
 import mmap
-from collections.abc import Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 from bayling_delta.crew import Station
 from bayling_delta.errors import CheckpointError
-from bayling_delta.gathering import tiles
+from bayling_delta.gathering import Seen, tiles
 from bayling_delta.plan import OutputFile
 from bayling_delta.reads import Gather, Mark, ReadList, Span
 from bayling_delta.sources import Source, changed, open_fastest, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import TensorRef
+from bayling_delta.zip_records import Record
 
 __all__ = ["Digester", "Piece", "Reader", "RecordChecker", "Window", "allocate"]
 
@@ -58,19 +60,21 @@ def allocate(chunk_bytes: int, count: int) -> list[memoryview]:
 
 
 class Digester:
-    """SHA-256 of several things at once, each fed in order and finished when all its bytes have come."""
+    """Digests of several things at once, each fed in order and finished when all its bytes have come."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], new: Callable[[], Any] = hashlib.sha256) -> None:
+        """``new`` begins a digest: SHA-256, or another of `hashlib`."""
+        self._new = new
         self._left = {key: size for key, size in sizes.items() if size}
         self._open: dict[str, Any] = {}
-        self._done = {key: hashlib.sha256().hexdigest() for key, size in sizes.items() if not size}
+        self._done = {key: new().hexdigest() for key, size in sizes.items() if not size}
 
     def update(self, buffer: memoryview, pieces: Sequence[Piece]) -> None:
         """Take in the next bytes of each key."""
         for key, start, stop in pieces:
             digest = self._open.get(key)
             if digest is None:
-                digest = self._open[key] = hashlib.sha256()
+                digest = self._open[key] = self._new()
             digest.update(buffer[start:stop])
             self._left[key] -= stop - start
             if not self._left[key]:
@@ -85,34 +89,49 @@ class Digester:
 
 
 class RecordChecker:
-    """CRC-32 of zip records, each fed in order, held against what the archive has of it."""
+    """CRC-32 of zip records, put together from pieces in any order, held against what the archive has of them."""
 
     def __init__(self, reads: ReadList) -> None:
-        self._expected = {
-            (step.file, record.name): record
-            for step in reads.steps
-            if isinstance(step, Span)
-            for record in step.records
-        }
-        self._open: dict[tuple[Path, str], tuple[int, int]] = {}
-        self.damaged: set[tuple[Path, str]] = set()
-        """Files, and names of their records."""
+        self._expected = {(file, record.name): record for step in reads.steps for file, record in _records_of(step)}
+        self._left = set(self._expected)
+        self._lock = threading.Lock()
+        self._stretches: dict[tuple[Path, str, int], tuple[int, int]] = {}
+        """What has come and does not yet reach its neighbours: from where, to where, and its CRC-32."""
+        self._begins: dict[tuple[Path, str, int], int] = {}
+        """Where the stretch begins that ends here."""
+        self._damaged: set[tuple[Path, str]] = set()
 
-    def update(self, file: Path, buffer: memoryview, pieces: Sequence[Piece]) -> None:
-        """Take in the next bytes of each record."""
-        if not pieces:
-            return
-        from isal.isal_zlib import crc32
+    def update(self, file: Path, name: str, offset: int, data: memoryview) -> None:
+        """Take in a record's bytes that lie at this offset of the file; each comes once."""
+        from isal.isal_zlib import crc32, crc32_combine
 
-        for name, start, stop in pieces:
-            key = (file, name)
-            record = self._expected[key]
-            value, done = self._open.pop(key, (0, 0))
-            value, done = crc32(buffer[start:stop], value), done + stop - start
-            if done < record.size:
-                self._open[key] = value, done
-            elif value != record.crc32:
-                self.damaged.add(key)
+        record = self._expected[file, name]
+        start, stop, value = offset, offset + len(data), crc32(data)
+        with self._lock:
+            if (begin := self._begins.pop((file, name, start), None)) is not None:
+                _, before = self._stretches.pop((file, name, begin))
+                start, value = begin, crc32_combine(before, value, len(data))
+            if (beyond := self._stretches.pop((file, name, stop), None)) is not None:
+                end, after = beyond
+                stop, value = end, crc32_combine(value, after, end - stop)
+            if stop - start < record.size:
+                self._stretches[file, name, start] = stop, value
+                self._begins[file, name, stop] = start
+            else:
+                self._begins.pop((file, name, stop), None)
+                self._left.discard((file, name))
+                if value != record.crc32:
+                    self._damaged.add((file, name))
+
+    def finish(self) -> set[tuple[Path, str]]:
+        """Return the files and names of the records that are damaged; all bytes must have come."""
+        if self._left:
+            raise RuntimeError(f"{len(self._left)} records are unfinished, {next(iter(self._left))} among them")
+        return self._damaged
+
+
+def _records_of(step: Span | Gather) -> Iterable[tuple[Path, Record]]:
+    return step.records if isinstance(step, Gather) else ((step.file, record) for record in step.records)
 
 
 class _Cutter:
@@ -140,10 +159,12 @@ class Reader:
     def __init__(self, reads: ReadList, stamps: Mapping[Path, tuple[int, int]], tile_bytes: int, direct: bool) -> None:
         """``stamps``: each file's size and time of change when the plan was made."""
         self.done_bytes = 0
+        self.reads = reads
+        self.records = RecordChecker(reads)
         self._stamps = stamps
         self._tile_bytes = tile_bytes
         self._direct = direct
-        self._source: Source | None = None
+        self._sources: dict[Path, Source] = {}
         self._open = ExitStack()
         self._fills = self._all(reads)
         next(self._fills)
@@ -174,7 +195,7 @@ class Reader:
         self._leave()
 
     def _span(self, span: Span, window: Window) -> Generator[None, Window, Window]:
-        source = self._enter(span.file, window.buffer if self._direct else None)
+        source = self._enter([span.file], window.buffer if self._direct else None)[span.file]
         tensors = _Cutter(span.tensors)
         records = _Cutter([Mark(record.name, record.offset, record.offset + record.size) for record in span.records])
         position = span.start
@@ -195,8 +216,9 @@ class Reader:
         return window
 
     def _gather(self, gather: Gather, window: Window) -> Generator[None, Window, Window]:
-        source = self._enter(gather.ref.file, None)
-        for tile in tiles(source, gather.ref, self._tile_bytes):
+        files = [view.file for view in gather.ref.views]
+        sources = self._enter(files, window.buffer if self._direct and gather.block > 0 else None)
+        for tile in tiles(sources, gather.ref, self._tile_bytes, self._seen(gather)):
             for start in range(0, tile.nbytes, len(window.buffer)):
                 count = min(len(window.buffer), tile.nbytes - start)
                 tile.copy(window.buffer[:count], start)
@@ -207,18 +229,32 @@ class Reader:
                 window = yield
         return window
 
-    def _enter(self, path: Path, scratch: memoryview | None) -> Source:
-        """The open file; the one before it is closed. Without ``scratch`` it is read through the page cache."""
-        if self._source is None or self._source.path != path or (self._source.direct and scratch is None):
+    def _seen(self, gather: Gather) -> Seen:
+        """What checks the bytes that a gathered tensor is read from."""
+
+        def seen(file: Path, offset: int, data: memoryview) -> None:
+            for path, record in gather.records:
+                start = max(record.offset, offset)
+                stop = min(record.offset + record.size, offset + len(data))
+                if path == file and start < stop:
+                    self.records.update(file, record.name, start, data[start - offset : stop - offset])
+
+        return seen
+
+    def _enter(self, paths: Sequence[Path], scratch: memoryview | None) -> Mapping[Path, Source]:
+        """These files, open; others are closed. Without ``scratch`` they are read through the page cache."""
+        wrong = {path for path, source in self._sources.items() if source.direct and scratch is None}
+        if set(paths) != self._sources.keys() or wrong:
             self._leave()
-            opened = open_source(path) if scratch is None else open_fastest(path, scratch)
-            self._source = self._open.enter_context(opened)
-            if self._source.stamp != self._stamps[path]:
-                raise CheckpointError(changed(path))
-        return self._source
+            for path in dict.fromkeys(paths):
+                opened = open_source(path) if scratch is None else open_fastest(path, scratch)
+                source = self._sources[path] = self._open.enter_context(opened)
+                if source.stamp != self._stamps[path]:
+                    raise CheckpointError(changed(path))
+        return self._sources
 
     def _leave(self) -> None:
-        if self._source is not None:
-            self._source.check_unchanged()
-            self._source = None
-            self._open.close()
+        for source in self._sources.values():
+            source.check_unchanged()
+        self._sources = {}
+        self._open.close()
