@@ -233,7 +233,7 @@ def apply(
 
 @commands.command()
 @click.argument("model", type=_PATH)
-@click.option("--against", metavar="X", help="A weights digest, a manifest, or a directory with one.")
+@click.option("--against", metavar="X", help="A weights digest, a manifest, a directory with one, a release.")
 @click.option("--base", type=_PATH, help="With --delta: make the sum anew, and compare every element.")
 @click.option("--delta", type=_PATH, help="With --base.")
 @_recipe
@@ -241,6 +241,7 @@ def apply(
 @click.option("--load", is_flag=True, help="Also load it with transformers, and have it say a few words.")
 @click.option("--load-in-8bit", "eight_bit", is_flag=True, help="The same in 8 bit, where bitsandbytes is installed.")
 @click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add and load: cpu, cuda.")
+@_registry
 @_working
 @_common
 def verify(
@@ -253,6 +254,7 @@ def verify(
     load: bool,
     eight_bit: bool,
     device: str,
+    registry: tuple[Path, ...],
     memory_limit: int,
     threads: int,
     as_json: bool,
@@ -270,6 +272,7 @@ def verify(
       bayling-delta verify bayling-7b
       bayling-delta verify bayling-7b --against sha256:9a22cb04…
       bayling-delta verify bayling-7b --against their-manifest.json
+      bayling-delta verify llama-7b --against llama-7b
       bayling-delta verify bayling-7b --base llama-7b --delta bayling-7b-diff
     """  # noqa: D301  # click looks for the character
     from bayling_delta import verifying
@@ -292,6 +295,7 @@ def verify(
             device=device,
             load=load or eight_bit,
             eight_bit=eight_bit,
+            registry=registry,
             tell=_note(quiet),
             progress=progress,
         )

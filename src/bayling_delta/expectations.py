@@ -44,6 +44,8 @@ class ExpectedFile:
     sha256: str | None = None
     size: int | None = None
     md5: str | None = None
+    or_sha256: frozenset[str] = frozenset()
+    """Other SHA-256 that are as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,7 @@ def _file_differences(expected: Expectation, model: Path, files: Mapping[str, Fo
         again = f"; download it again: {download_again(model / name)}" if expected.downloaded else ""
         if file.size not in (None, found.size):
             yield Problem("model", where, f"has {found.size:,} bytes; {expected.source} says {file.size:,}")
-        elif file.sha256 not in (None, found.sha256):
+        elif file.sha256 not in (None, found.sha256) and found.sha256 not in file.or_sha256:
             what = f"its SHA-256 is {found.sha256}; {expected.source} says {file.sha256}{again}"
             yield Problem("digest", where, what)
         elif file.md5 not in (None, found.md5):

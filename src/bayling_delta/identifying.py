@@ -12,7 +12,8 @@ from typing import Any
 from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.downloads import expected_sha256, origin, record_source
 from bayling_delta.engine import Digests
-from bayling_delta.errors import Problem
+from bayling_delta.errors import NoRecordError, Problem
+from bayling_delta.expectations import Expectation, ExpectedFile
 from bayling_delta.inspecting import Look
 from bayling_delta.recipes import Recipe
 from bayling_delta.release_entry import Form, Release
@@ -21,6 +22,7 @@ from bayling_delta.releases import Record, Registry, accepted_sha256
 __all__ = [
     "FileRecords",
     "Identity",
+    "expectation_of",
     "files_worth_a_digest",
     "identify",
     "look_up",
@@ -215,3 +217,38 @@ def _matches(
     for record in records:
         cited = "; ".join(record.release.sources[key] for key in record.file.source or record.form.source)
         yield f"{record.release.title}: {record.file.name}", cited
+
+
+# a release as what a model should be
+
+
+def expectation_of(release: Release, model: Checkpoint) -> Expectation:
+    """What is on record of a release, for a model that claims to be it.
+
+    Its weights digest, which holds in any container; else the digests of the weight files, of all of them, in the
+    forms whose files have these names.
+
+    Raises:
+        NoRecordError: nobody has recorded either.
+    """
+    source = f"the registry's record of {release.title}"
+    if release.weights and release.weights.digest:
+        return Expectation(source, release.weights.digest)
+    names = frozenset(file.path.name for file in model.files)
+    files = {
+        name: _expected_file([form for form in release.forms if form.weight_files == names], name) for name in names
+    }
+    missing = sorted(name for name, file in files.items() if file is None)
+    if missing:
+        unrecorded = f"; not published: {'; '.join(release.unrecorded)}" if release.unrecorded else ""
+        message = f"nobody has recorded a digest of {', '.join(missing)} of {release.title}{unrecorded}"
+        raise NoRecordError(Problem("no_record", str(model.path), message))
+    return Expectation(source, files={name: file for name, file in files.items() if file})
+
+
+def _expected_file(forms: Sequence[Form], name: str) -> ExpectedFile | None:
+    accepted = sorted(accepted_sha256(forms, name) or ())
+    if accepted:
+        return ExpectedFile(accepted[0], or_sha256=frozenset(accepted))
+    md5 = {digest for form in forms for file in form.files if file.name == name for digest in file.md5}
+    return ExpectedFile(md5=md5.pop()) if len(md5) == 1 else None

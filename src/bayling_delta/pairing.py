@@ -27,7 +27,8 @@ def pair_problems(base: Checkpoint, delta: Checkpoint, recipe: Recipe) -> list[P
     """Everything that keeps two checkpoints from being added by a recipe; with the recipes that would fit."""
     base_weights, delta_weights = base.weights, delta.weights
     problems = list(_problems(base, base_weights, delta, delta_weights, recipe))
-    if not problems or any(problem.kind == "dtype" for problem in problems):
+    kinds = {problem.kind for problem in problems}
+    if "dtype" in kinds or not kinds & {"shape", "missing_tensor"}:
         return problems
     fitting = [
         other.name

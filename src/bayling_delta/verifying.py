@@ -25,9 +25,11 @@ from bayling_delta.expectations import (
     sums_problems,
 )
 from bayling_delta.hub import local_copies
+from bayling_delta.identifying import expectation_of
 from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
+from bayling_delta.releases import load_releases
 from bayling_delta.sources import exists, is_directory
 
 __all__ = ["verify"]
@@ -46,18 +48,19 @@ def verify(
     device: str = "cpu",
     load: bool = False,
     eight_bit: bool = False,
+    registry: Sequence[Path] = (),
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Check a model, and return the document ``bayling-delta/verify/1`` of what was compared and matched.
 
-    Without more, the model is compared with the manifest and SHA256SUMS beside it. ``against`` is a weights
-    digest, a manifest's file, or a directory with one. ``base`` and ``delta`` together have the sum made anew
-    and compared element by element; ``recipe`` is how it was made, and ``dtype`` (F16, BF16 or F32) what the
-    result was cast to, where the model's manifest does not say so. ``load`` also loads the model with
-    transformers and generates a few tokens; it adds to a comparison and does not replace one. ``device`` is
-    where the sum is made and the model loaded. ``model``, ``base`` and ``delta`` may be ids of the Hub; ``tell``
-    is given what a user should know of a download.
+    Without more, the model is compared with the manifest and SHA256SUMS beside it, and with the Hub's record of it.
+    ``against`` is a weights digest, a manifest's file, a directory with one, or a release; ``registry`` names files
+    with releases of one's own. ``base`` and ``delta`` together have the sum made anew and compared element by
+    element; ``recipe`` is how it was made, and ``dtype`` (F16, BF16 or F32) what the result was cast to, where the
+    model's manifest does not say so. ``load`` also loads the model with transformers and generates a few tokens; it
+    adds to a comparison and does not replace one. ``device`` is where the sum is made and the model loaded.
+    ``model``, ``base`` and ``delta`` may be ids of the Hub; ``tell`` is given what a user should know of a download.
 
     Raises:
         IntegrityError: with everything in which the model is not what it should be.
@@ -68,7 +71,7 @@ def verify(
     given = [path for path in (model, base, delta) if path is not None]
     local = dict(zip(given, local_copies(given, tell=tell), strict=True))
     model, base, delta = local[model], base and local[base], delta and local[delta]
-    expectations = _expectations(model, against)
+    expectations = _expectations(model, against, registry)
     compared: list[dict[str, Any]] = []
     problems: list[Problem] = []
     digest: str | None = None
@@ -118,7 +121,7 @@ def verify(
     }
 
 
-def _expectations(model: Path, against: str | None) -> list[Expectation]:
+def _expectations(model: Path, against: str | None, registry: Sequence[Path]) -> list[Expectation]:
     """What the model is to be compared with: what ``against`` names, or what lies beside its weights."""
     if against is None:
         return own_expectations(directory_of(model))
@@ -126,10 +129,16 @@ def _expectations(model: Path, against: str | None) -> list[Expectation]:
         return [Expectation("--against", parse_digest(against))]
     path = Path(against)
     manifest = path / MANIFEST_NAME if is_directory(path) else path
-    if not exists(manifest):
-        message = "is neither a weights digest, nor a manifest's file, nor a directory with one"
+    if exists(manifest):
+        return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
+    known = load_releases(registry)
+    release = known.find(against)
+    if release is None:
+        alike = known.suggestions(against)
+        advice = f"; did you mean the release {' or '.join(alike)}?" if alike else ""
+        message = f"is neither a weights digest, nor a manifest's file, nor a directory with one, nor a release{advice}"
         raise CheckpointError(Problem("not_found", against, message))
-    return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
+    return [expectation_of(release, open_checkpoint(model))]
 
 
 def _comparison(expected: Expectation) -> dict[str, Any]:
