@@ -35,7 +35,7 @@ def test_apply_says_what_it_made(tmp_path: Path, pair: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     manifest = json.loads((tmp_path / "out" / "bayling-delta.json").read_text())
     assert manifest["result"]["weights_digest"] in done.stdout
-    assert "nothing recorded to compare with" in done.stdout
+    assert "on no record" in done.stdout
     assert "\x1b" not in done.stdout
 
 

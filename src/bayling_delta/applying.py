@@ -37,6 +37,7 @@ from bayling_delta.identifying import (
 from bayling_delta.inspecting import look_at
 from bayling_delta.manifest import (
     MANIFEST_NAME,
+    RESULT,
     SUMS_NAME,
     TensorDigest,
     file_entry,
@@ -455,7 +456,7 @@ def _result_verification(digest: str, wanted: str | None, registry: Registry) ->
         found.append((release.title, "; ".join(release.sources[key] for key in sources)))
     return [
         {
-            "what": "the result's weights digest",
+            "what": RESULT,
             "against": against,
             "outcome": "match" if against else "no record",
             "source": source,

@@ -21,6 +21,7 @@ from bayling_delta.errors import Problem, UsageError
 __all__ = [
     "CHECKLIST_NAME",
     "MANIFEST_NAME",
+    "RESULT",
     "SUMS_NAME",
     "TensorDigest",
     "digest_text",
@@ -36,6 +37,8 @@ __all__ = [
 
 MANIFEST_NAME: Final = "bayling-delta.json"
 SUMS_NAME: Final = "SHA256SUMS"
+RESULT: Final = "the result's weights digest"
+"""How ``verification`` names it."""
 CHECKLIST_NAME: Final = "checklist.chk"
 """What Meta calls the list of the MD5 of a model's files."""
 
