@@ -272,12 +272,13 @@ def test_the_directory(tmp_path: Path, complete: Pair) -> None:
         "model.safetensors.index.json",
         "special_tokens_map.json",
         "tokenizer.model",
+        "tokenizer_config.json",
     }
     assert shards == [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     for name in ("generation_config.json", "tokenizer.model", "special_tokens_map.json"):
         assert (out / name).read_bytes() == (complete[1] / name).read_bytes()
     assert json.loads((out / "config.json").read_text()) == CONFIG
-    assert [change["file"] for change in manifest["changes"]] == ["config.json"]
+    assert {change["file"] for change in manifest["changes"]} == {"config.json", "tokenizer_config.json"}
     assert b"secret" not in b"".join(path.read_bytes() for path in out.iterdir())
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in out.iterdir())
     assert manifest == json.loads((out / "bayling-delta.json").read_text())

@@ -276,7 +276,7 @@ ODD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "other files": (lambda p: beside(model(p), {"modeling.py": ""}), "extra_files", "modeling.py"),
     "no config": (lambda p: save(p / "model", full(), config=None), "config", "is not there"),
     "broken config": (lambda p: beside(model(p), {"config.json": "{"}), "damaged", "is not JSON"),
-    "broken tokenizer": (lambda p: beside(model(p), {"tokenizer.json": "{"}), "damaged", "is not a JSON object"),
+    "broken tokenizer": (lambda p: beside(model(p), {"tokenizer.json": "{"}), "damaged", "is not JSON"),
     "strange tokenizer": (lambda p: beside(model(p), {"tokenizer.json": "[]"}), "damaged", "is not a JSON object"),
     "vast tokenizer": (vast_tokenizer, "unsupported", "at most 100,000,000 are read"),
     "other sizes": (lambda p: model(p, hidden_size=128), "architecture", "says hidden_size 128; the shapes say 64"),

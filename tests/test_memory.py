@@ -94,6 +94,17 @@ def test_many_tensors(tmp_path: Path) -> None:
     assert apply_peak(tmp_path) < bound(64 * MIB, tensors)
 
 
+def test_a_large_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer.json of the size of Llama-3's: 128,000 tokens and 280,000 merges, in both inputs."""
+    tensors = both(tmp_path, {"t": (64 * MIB,)})
+    vocabulary = {f"{number * 7919:x}": number for number in range(128_000)}
+    merges = [f"{number:x} {number * 31:x}" for number in range(280_000)]
+    text = json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}, indent=2)
+    for side in ("base", "delta"):
+        (tmp_path / side / "tokenizer.json").write_text(text)
+    assert apply_peak(tmp_path) < bound(64 * MIB, tensors)
+
+
 def save_transposed(directory: Path, rows: int, columns: int) -> None:
     directory.mkdir()
     script = f"""

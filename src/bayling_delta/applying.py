@@ -125,7 +125,7 @@ def _prepare(
     ]
     if len(inputs) < len(paths):
         refuse(problems, allow)
-    looks = {role: look_at(checkpoint, []) for role, checkpoint in inputs.items()}
+    looks = {role: look_at(checkpoint, [], tokenizer=False) for role, checkpoint in inputs.items()}
     identities = {role: identify(checkpoint, looks[role], known) for role, checkpoint in inputs.items()}
     if check_inputs:
         refuse(problems, allow)  # before a long read
@@ -142,7 +142,7 @@ def _prepare(
     suspicions, notes = suspect(inputs["base"], looks["base"], inputs["delta"], looks["delta"])
     problems += suspicions
     with _collected(problems):
-        companions.collect(inputs["delta"], dtype or "F16")
+        problems += companions.check(inputs["delta"], identities["delta"].release if identities["delta"] else None)
     if any(problem.kind == "size" for problem in problems):
         refuse(problems, allow)  # every tensor differs, for this one reason
     plan = make_plan(
@@ -407,10 +407,11 @@ def _write_down(
     head: dict[str, Any],
 ) -> dict[str, Any]:
     """Write everything but the weights beside them, SHA256SUMS last, and return the manifest."""
-    plan = prepared.plan
+    plan, delta = prepared.plan, records["delta"].identity
+    release = delta.release if delta else None
     placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
     result = result_section(result_digests(plan, outcome), placed)
-    beside = companions.collect(plan.delta, result["dtype"])
+    beside = companions.collect(plan.delta, result["dtype"], release)
     manifest: dict[str, Any] = {
         **head,
         "inputs": {
@@ -433,16 +434,16 @@ def _write_down(
     files = result["files"]
     files += [file_entry(file.name, file.size, outcome.result.files[file.name]) for file in plan.files]
     for companion in beside:
-        if companion.data is not None:
-            files.append(write(companion.name, companion.data))
+        if isinstance(companion.content, bytes):
+            files.append(write(companion.name, companion.content))
             continue
-        with open_source(companion.path) as source:
+        with open_source(companion.content) as source:
             size, sha256 = copy_file(source, directory / companion.name)
         refuse(download_problems(plan.delta.directory, {companion.name: FoundFile(size, sha256)}))
         files.append(file_entry(companion.name, size, sha256))
     if len(plan.files) > 1:
         files.append(write("model.safetensors.index.json", _index(plan, placed)))
-    files.append(write("README.md", model_card(manifest).encode()))
+    files.append(write("README.md", model_card(manifest, release).encode()))
     listed = [*files, write(MANIFEST_NAME, to_json(manifest).encode())]
     write(SUMS_NAME, sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode())
     return manifest

@@ -405,11 +405,12 @@ def read_table(path: Path, limit: int = JSON_CAP) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
-    data = read_file(path, limit)
     try:
-        table = load_strict(data)
+        table = load_strict(read_file(path, limit))  # whose bytes are not kept while they are parsed
     except ValueError as error:
-        kind, message = what_instead(data[:512], len(data)) or ("damaged", f"is not JSON ({error})")
+        with open_source(path) as source:
+            found = what_instead(read_bytes(source, 0, 512), source.size)
+        kind, message = found or ("damaged", f"is not JSON ({error})")
         problem = mended(Problem(kind, str(path), message), path)
         raise CheckpointError(replace(problem, kind="damaged")) from error
     if not isinstance(table, dict):

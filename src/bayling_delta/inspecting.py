@@ -4,7 +4,6 @@ Whether it is a delta or a full model is read off signs. They are told with thei
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -16,13 +15,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from bayling_delta.checkpoint import EMBEDDING, JSON_CAP, Checkpoint, is_rotary_buffer, survey
+from bayling_delta.checkpoint import EMBEDDING, Checkpoint, is_rotary_buffer, survey
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.hub import local_copies
 from bayling_delta.oddities import Facts, Odd, Sizes, find_oddities
 from bayling_delta.sampling import Sample, by_kind, is_norm, take_samples
-from bayling_delta.sources import file_size, read_file
 from bayling_delta.tensors import FLOATS, TensorRef, natural_key
+from bayling_delta.tokenizer_files import TokenizerFiles, read_tokenizer
 
 __all__ = ["Look", "describe", "inspect_checkpoint", "look_at"]
 
@@ -34,10 +33,6 @@ _SIZES: Final = (
     "num_key_value_heads",
     "vocab_size",
 )
-_TOKENIZER_TABLES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_FILES: Final = ("tokenizer.model", *_TOKENIZER_TABLES, "vocab.json", "merges.txt", "chat_template.jinja")
-_PIECES_CAP: Final = 16 << 20
-"""Bytes of a tokenizer.model; LLaMA's has half a million."""
 _NORMS_ADD_ONE: Final = ("gemma", "qwen3_next")
 """Architectures whose norms multiply by 1 + weight: a full model's weights may lie around zero."""
 
@@ -104,18 +99,18 @@ def describe(checkpoint: Checkpoint, problems: list[Problem]) -> dict[str, Any]:
     }
 
 
-def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
-    """Read the files beside the weights, the small tensors and rows of large ones, and judge them.
+def look_at(checkpoint: Checkpoint, problems: list[Problem], *, tokenizer: bool = True) -> Look:
+    """Read the tokenizer's files, the small tensors and rows of large ones, and judge them.
 
-    ``problems`` are those of what could not be opened; what cannot be read of the rest is added to them.
+    ``problems`` are those of what could not be opened; what cannot be read of the rest is added to them. Without
+    ``tokenizer`` its files are left alone.
 
     Raises:
         CheckpointError: the system cannot read a file.
     """
     complete = not problems and not re.search(r"-of-\d+\.", checkpoint.path.name)
     tensors = checkpoint.tensors
-    tables = {name: _read_table(checkpoint.directory / name, problems) for name in _TOKENIZER_TABLES}
-    tokenizer = _tokenizer(checkpoint, tables)
+    beside = read_tokenizer(checkpoint, problems) if tokenizer else TokenizerFiles()
     kinds = by_kind(tensors)
     architecture = _architecture(checkpoint, kinds)
     small, rows = take_samples(tensors, kinds)
@@ -129,8 +124,7 @@ def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
         architecture["model_type"],
         architecture["config"],
         architecture["shapes"],
-        tokenizer["vocabulary"],
-        tables,
+        beside,
         small,
         rows,
     )
@@ -140,7 +134,7 @@ def look_at(checkpoint: Checkpoint, problems: list[Problem]) -> Look:
         norms,
         magnitudes,
         architecture,
-        tokenizer,
+        _tokenizer(beside),
         kinds,
         _digests(small, tensors),
         sum(sample.bits.nbytes for sample in (*small, *rows)),
@@ -252,77 +246,12 @@ def _text(value: object) -> str | None:
 # the tokenizer
 
 
-def _read_table(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no file, or where it is not one, which is a problem."""
-    if file_size(path) is None:
-        return {}
-    try:
-        table = json.loads(read_file(path, JSON_CAP))
-    except CheckpointError as error:
-        problems += error.problems
-        return {}
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        problems.append(Problem("damaged", str(path), "is not a JSON object"))
-        return {}
-    return table
-
-
-def _tokenizer(checkpoint: Checkpoint, tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    directory = checkpoint.directory
-    files = [name for name in _TOKENIZER_FILES if file_size(directory / name) is not None]
-    model = "tokenizer.model"
-    if checkpoint.container == "meta" and model not in files:  # Meta's lies one level up, for all sizes
-        model = "../tokenizer.model"
-        files += [model] if file_size(directory / model) is not None else []
+def _tokenizer(files: TokenizerFiles) -> dict[str, Any]:
     return {
-        "files": files,
-        "class": _text(tables["tokenizer_config.json"].get("tokenizer_class")),
-        "vocabulary": _vocabulary(tables["tokenizer.json"], tables["added_tokens.json"]) or _pieces(directory / model),
+        "files": list(files.names),
+        "class": _text(files.tables["tokenizer_config.json"].get("tokenizer_class")),
+        "vocabulary": files.tokens,
     }
-
-
-def _vocabulary(tokenizer: Mapping[str, Any], added: Mapping[str, Any]) -> int | None:
-    """How many tokens there are, where a JSON file says it."""
-    model, extra = tokenizer.get("model"), tokenizer.get("added_tokens")
-    pieces = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(pieces, dict | list):  # a Unigram model has a list of [piece, score]
-        tokens = {str(piece[0]) if isinstance(piece, list) and piece else str(piece) for piece in pieces}
-        if isinstance(extra, list):
-            tokens.update(str(token.get("content")) for token in extra if isinstance(token, dict))
-        return len(tokens)
-    numbers = [number for number in added.values() if type(number) is int]
-    return max(numbers) + 1 if numbers else None
-
-
-def _pieces(path: Path) -> int | None:
-    """How many pieces a SentencePiece model has; None where there is none, or where it is not one.
-
-    They are field 1 of the protobuf message ModelProto, once for each. Source: sentencepiece_model.proto.
-    """
-    if (file_size(path) or _PIECES_CAP + 1) > _PIECES_CAP:
-        return None
-    data = read_file(path, _PIECES_CAP)
-    count = position = 0
-    while position < len(data):
-        tag, position = _varint(data, position)
-        if tag & 7 != 2:  # all of its fields are messages, each with its length before it
-            return None
-        length, position = _varint(data, position)
-        count += tag >> 3 == 1
-        position += length
-    return count if count and position == len(data) else None
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A protobuf number, seven bits a byte, and where the next one begins; past the end, nonsense."""
-    value = 0
-    for place, byte in enumerate(data[position : position + 5]):
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, position + place + 1
-    return 7, len(data)
 
 
 # delta or full model

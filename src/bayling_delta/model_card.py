@@ -1,10 +1,20 @@
 """The README.md of a rebuilt model. The same inputs give the same text: no time, path or host is in it."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
-__all__ = ["model_card"]
+from bayling_delta.companions import CHAT_TEMPLATE
+from bayling_delta.manifest import RESULT
+from bayling_delta.recipes import RECIPES
+from bayling_delta.release_entry import Release
+from bayling_delta.tensors import TORCH_NAMES
 
-_TEXT = """\
+__all__ = ["model_card", "verification_texts"]
+
+_WEIGHTS_ON_16_GB: Final = 14_000_000_000
+"""Bytes of weights that leave room on a GPU of 16 GB for a context of 2,048 tokens, 1 to 2 GB with LLaMA's sizes."""
+
+_FRONT: Final = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -14,59 +24,157 @@ tags:
 # A model rebuilt from a base and a weight delta
 
 These weights are the sum of a base model and a published weight delta, tensor by tensor, as
-`bayling-delta apply` computes it: {recipe_says}
-This directory is the merged model, not the delta: load it as it is.
+`bayling-delta apply` computes it by the recipe `{recipe}`: each tensor is added in {dtype}, rounded to nearest
+even.
+This directory is the merged model, not the delta: load it as it is."""
 
-| | |
-|---|---|
-| weights digest | `{digest}` |
-| parameters | {parameters:,} |
-| stored as | {dtype}, {files} safetensors {files_word} |
-
-## From what
-
-{inputs}
-## How it was verified
-
-{verification}
-
+_CHECKS: Final = """\
 `sha256sum -c SHA256SUMS` checks every file of this directory. `bayling-delta.json` has the digest of every
 tensor; the weights digest above is the SHA-256 of one line a tensor, and does not depend on how the weights are
-cut into files. Compare it with that of anybody who rebuilt the model from the same inputs.
+cut into files. Compare it with that of anybody who rebuilt the model from the same inputs."""
 
-## Licence
+_LOAD: Final = """\
+```python
+{imports}
 
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", {options})
+```"""
+
+_CHAT: Final = """\
+`chat_template.jinja` has the prompt that was published with the model{sampling}.
+transformers takes it from here:
+
+```python
+messages = [{{"role": "user", "content": "Who are you?"}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**prompt.to(model.device))
+answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+
+To chat in a terminal, `pip install "transformers[serving]"`, then run `transformers serve .{eight_bit}` and, in
+another terminal, `transformers chat .`, both in this directory. `vllm serve .` serves the same directory, and
+`convert_hf_to_gguf.py` of llama.cpp converts it."""
+
+_PLACEHOLDERS: Final = """\
+The model was published anonymised: it says placeholders, and the publisher's code put words in their place. They are
+no special tokens; replace them in what the model says.
+
+| the model says | it means |
+|---|---|
+{rows}"""
+
+_LICENCE: Final = """\
 This card grants nothing. The licences of the base model and of the delta both apply to their sum. Models
-whose base is LLaMA 1 are under Meta's non-commercial research licence, and may not be redistributed.
-"""
+whose base is LLaMA 1 are under Meta's non-commercial research licence, and may not be redistributed."""
 
 
-def model_card(manifest: dict[str, Any]) -> str:
-    """Say in Markdown what a manifest says of an applied delta."""
+def model_card(manifest: Mapping[str, Any], release: Release | None = None) -> str:
+    """Say in Markdown what a manifest says of an applied delta, and what is known of the delta's release, if any."""
+    return "\n\n".join(_parts(manifest, release)) + "\n"
+
+
+def _parts(manifest: Mapping[str, Any], release: Release | None) -> Iterator[str]:
     result = manifest["result"]
-    shards = [file for file in result["files"] if file["name"].endswith(".safetensors")]
-    return _TEXT.format(
-        recipe_says="each tensor is added in the delta's dtype, rounded to nearest even.",
-        digest=result["weights_digest"],
-        parameters=result["parameters"],
-        dtype=result["dtype"],
-        files=len(shards),
-        files_word="file" if len(shards) == 1 else "files",
-        inputs="\n".join(_input_text(role, side) for role, side in manifest["inputs"].items()),
-        verification="\n".join(_verification_text(entry) for entry in manifest["verification"]),
-    )
+    recipe = RECIPES[manifest["recipe"]]
+    yield _FRONT.format(recipe=recipe.name, dtype=TORCH_NAMES[recipe.dtype] if recipe.dtype else "the delta's dtype")
+    yield _result_table(result)
+    yield "## From what"
+    if release:
+        yield f"The delta is that of the release `{release.name}`: {release.title}."
+    yield from (_input_text(role, side) for role, side in manifest["inputs"].items())
+    yield "## How it was verified"
+    yield "\n".join(f"- {text}" for text in verification_texts(manifest))
+    yield _CHECKS
+    if manifest["changes"]:
+        yield "## What was changed beside the weights"
+        yield "\n".join(f"    {change['file']}: {change['change']}" for change in manifest["changes"])
+    yield "## How to load it"
+    yield from _loading(result, release)
+    if release and release.prompt and any(file["name"] == CHAT_TEMPLATE for file in result["files"]):
+        sampling = ", and `generation_config.json` samples as the publisher does" if release.prompt.generation else ""
+        eight_bit = " --quantization bnb-8bit" if _needs_eight_bit(result) else ""
+        yield "## How to chat with it"
+        yield _CHAT.format(sampling=sampling, eight_bit=eight_bit)
+    if release and release.prompt and release.prompt.placeholders:
+        rows = [f"| `{says}` | {means} |" for says, means in release.prompt.placeholders.items()]
+        yield "## What the placeholders are"
+        yield _PLACEHOLDERS.format(rows="\n".join(rows))
+    yield "## Licence"
+    if release and release.licence:
+        yield f"{', '.join(release.licence.names)}. {release.licence.text}"
+    yield _LICENCE
 
 
-def _input_text(role: str, side: dict[str, Any]) -> str:
+def _result_table(result: Mapping[str, Any]) -> str:
+    shards = sum(1 for file in result["files"] if file["name"].endswith(".safetensors"))
+    return f"""\
+| | |
+|---|---|
+| weights digest | `{result["weights_digest"]}` |
+| parameters | {result["parameters"]:,} |
+| stored as | {result["dtype"]}, {shards} safetensors {"file" if shards == 1 else "files"} |"""
+
+
+def _input_text(role: str, side: Mapping[str, Any]) -> str:
     lines = [f"The {role}{', ' + side['name'] if side['name'] else ''} ({side['container']}):", ""]
     if side["weights_digest"]:
         lines += [f"- weights digest `{side['weights_digest']}`"]
     for file in side["files"]:
         digest = f"SHA-256 `{file['sha256']}`" if file["sha256"] else "digested by tensor"
         lines.append(f"- `{file['name']}`, {file['size']:,} bytes, {digest}")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
-def _verification_text(entry: dict[str, Any]) -> str:
-    against = f" against `{entry['against']}`" if entry["against"] else ""
-    return f"- {entry['what']}{against}: {entry['outcome']}"
+def verification_texts(manifest: Mapping[str, Any]) -> list[str]:
+    """What was compared, and what that proves: a sentence for each input, and one for the result."""
+    entries = manifest["verification"]
+    texts: list[str] = []
+    complete = True
+    for role, side in manifest["inputs"].items():
+        files = [f"{role}: {file['name']}" for file in side["files"]]
+        matched = [name for name in files if any(e["what"] == name and e["outcome"] == "match" for e in entries)]
+        complete = complete and len(matched) == len(files)
+        known = f", {side['name']}" if side["name"] else ""
+        count = {0: "none", len(files): "all"}.get(len(matched), str(len(matched)))
+        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record")
+    texts += [
+        f"{entry['what']}: as {entry['source']}"
+        for entry in entries
+        if entry["outcome"] == "match" and ": " not in entry["what"]
+    ]
+    if not any(entry["outcome"] == "match" for entry in entries if entry["what"] == RESULT):
+        reason = "the inputs are the published ones, and the sum is deterministic: " if complete else ""
+        texts.append(f"{RESULT} is on no record; {reason}compare it with another person's")
+    return texts
+
+
+def _needs_eight_bit(result: Mapping[str, Any]) -> bool:
+    """Whether a GPU of 16 GB holds the weights only with a byte for each parameter."""
+    parameters: int = result["parameters"]
+    return 2 * parameters > _WEIGHTS_ON_16_GB >= parameters
+
+
+def _loading(result: Mapping[str, Any], release: Release | None) -> Iterator[str]:
+    """How to load it on a GPU of 16 GB, by the number of its parameters."""
+    parameters, dtype = result["parameters"], "BF16" if result["dtype"] == "BF16" else "F16"
+    bits, needs = 16, "`pip install accelerate`"
+    imports, options = "from transformers import AutoModelForCausalLM, AutoTokenizer", f'dtype="{TORCH_NAMES[dtype]}"'
+    if 2 * parameters <= _WEIGHTS_ON_16_GB:
+        where = "in 16 bits, which a GPU of 16 GB holds"
+    elif _needs_eight_bit(result):
+        bits, needs = 8, "`pip install accelerate bitsandbytes`"
+        where = "in 8 bits on a GPU of 16 GB, which does not hold them in 16"
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
+        options = "quantization_config=BitsAndBytesConfig(load_in_8bit=True)"
+    else:
+        where = "in 16 bits; a GPU of 16 GB does not hold them in 8 bits either, so several share them"
+    yield f"The weights take {parameters * bits / 8e9:.1f} GB {where} ({needs}):"
+    yield _LOAD.format(imports=imports, options=f'{options}, device_map="auto"')
+    notes = []
+    if bits == 16:
+        notes.append("Versions of transformers before 4.56 call `dtype` `torch_dtype`.")
+    if release and release.memory:
+        notes.append(f"The publisher states {release.memory.eight_bit_gb:g} GB of GPU memory in 8 bits.")
+    if notes:
+        yield " ".join(notes)

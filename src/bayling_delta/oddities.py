@@ -19,6 +19,7 @@ from bayling_delta.errors import Problem
 from bayling_delta.sampling import Sample
 from bayling_delta.sources import file_size
 from bayling_delta.tensors import TORCH_NAMES
+from bayling_delta.tokenizer_files import TokenizerFiles, too_many_tokens
 
 __all__ = ["Facts", "Odd", "Sizes", "find_oddities"]
 
@@ -45,10 +46,7 @@ class Facts:
     model_type: str | None
     by_config: Sizes
     by_shapes: Sizes
-    vocabulary: int | None
-    """Tokens that the tokenizer knows."""
-    tokenizer_tables: Mapping[str, Mapping[str, Any]]
-    """The tokenizer's JSON files by name, empty where absent."""
+    tokenizer: TokenizerFiles
     small: Sequence[Sample]
     rows: Sequence[Sample]
 
@@ -178,19 +176,19 @@ def _embeddings(facts: Facts) -> Iterator[Odd]:
         likely = {32001: " ([PAD], as in Vicuna v0, Alpaca and WizardLM)", 32003: " (images, as in LLaVA)"}
         what = f"has {rows:,} rows, {added} more than a multiple of 64: probably tokens added to a vocabulary of"
         yield _odd("vocabulary", EMBEDDING, f"{what} {rows - added:,}{likely.get(rows, '')}")
-    if facts.vocabulary is not None and facts.vocabulary > rows:
-        what = f"knows {facts.vocabulary:,} tokens, {EMBEDDING} has {rows:,} rows: the last cannot be looked up"
-        yield _odd("vocabulary", "tokenizer", what)
+    if facts.tokenizer.tokens is not None and facts.tokenizer.tokens > rows:
+        yield _odd("vocabulary", "tokenizer", too_many_tokens(facts.tokenizer.tokens, rows))
 
 
 def _tokenizer(facts: Facts) -> Iterator[Odd]:
-    directory, tables = facts.checkpoint.directory, facts.tokenizer_tables
+    directory, tables = facts.checkpoint.directory, facts.tokenizer.tables
     if tables["tokenizer_config.json"].get("tokenizer_class") == "LLaMATokenizer":
         # huggingface/transformers#22222: transformers 4.28 did not load it; 5.23 does, and encodes otherwise.
         what = "names the class LLaMATokenizer, which no transformers has had; LlamaTokenizer is meant"
         yield _odd("tokenizer_class", directory / "tokenizer_config.json", what)
     special = tables["special_tokens_map.json"]
     if facts.model_type == "llama" and _token(special, "bos_token") == _token(special, "unk_token") == "</s>":
+        # Loaders take this file over tokenizer_config.json: measured with transformers 4.28.1 and 5.23.
         what = 'has "</s>" for bos and unk, a mistake of early 2023; LLaMA\'s are "<s>" and "<unk>"'
         yield _odd("special_tokens", directory / "special_tokens_map.json", what)
 

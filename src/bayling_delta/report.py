@@ -1,13 +1,14 @@
 """Results as text for people. What is said here was found out elsewhere; nothing is printed here."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Final
 
 from bayling_delta.errors import BaylingDeltaError, Problem
-from bayling_delta.manifest import RESULT, to_json
+from bayling_delta.manifest import to_json
+from bayling_delta.model_card import verification_texts
 
 __all__ = [
     "applied_text",
@@ -101,29 +102,6 @@ def applied_text(manifest: dict[str, Any], out: Path, seconds: float) -> str:
     rows += [("changed", f"{entry['file']}: {entry['change']}") for entry in manifest["changes"]]
     rows.append(("took", f"{seconds:.1f} s, {size_text(int(written / max(seconds, 1e-9)))}/s of result"))
     return _table(rows)
-
-
-def verification_texts(manifest: Mapping[str, Any]) -> list[str]:
-    """What was compared, and what that proves: a sentence for each input, and one for the result."""
-    entries = manifest["verification"]
-    texts: list[str] = []
-    complete = True
-    for role, side in manifest["inputs"].items():
-        files = [f"{role}: {file['name']}" for file in side["files"]]
-        matched = [name for name in files if any(e["what"] == name and e["outcome"] == "match" for e in entries)]
-        complete = complete and len(matched) == len(files)
-        known = f", {side['name']}" if side["name"] else ""
-        count = {0: "none", len(files): "all"}.get(len(matched), str(len(matched)))
-        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record")
-    texts += [
-        f"{entry['what']}: as {entry['source']}"
-        for entry in entries
-        if entry["outcome"] == "match" and ": " not in entry["what"]
-    ]
-    if not any(entry["outcome"] == "match" for entry in entries if entry["what"] == RESULT):
-        reason = "the inputs are the published ones, and the sum is deterministic: " if complete else ""
-        texts.append(f"{RESULT} is on no record; {reason}compare it with another person's")
-    return texts
 
 
 def verified_text(document: dict[str, Any], model: Path) -> str:

@@ -16,7 +16,9 @@ def load_strict(data: bytes, most_tables: int = 1_000_000) -> Any:
     if data.count(b"[") + data.count(b"{") > most_tables:  # a few bytes of JSON can take a hundred of memory
         raise ValueError(f"it has more than {most_tables:,} tables and lists")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_table)
+        text = data.decode("utf-8")
+        del data  # where the caller keeps none, this is the last one: parsing takes memory enough
+        return json.loads(text, object_pairs_hook=_table)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     except UnicodeDecodeError as error:  # whose own text would have all of the data in it

@@ -47,11 +47,6 @@ def suspect(base: Checkpoint, base_look: Look, delta: Checkpoint, delta_look: Lo
             if odd["kind"] == "non_finite"
         ]
     problems += [
-        Problem("tokenizer", str(delta.directory), f"its tokenizer {odd['message']}")
-        for odd in delta_look.odd
-        if (odd["kind"], odd["where"]) == ("vocabulary", "tokenizer")
-    ]
-    problems += [
         Problem("architecture", odd["where"], odd["message"]) for odd in delta_look.odd if odd["kind"] == "architecture"
     ]
     notes = [f"{odd['where']}: {odd['message']}" for odd in base_look.odd if odd["kind"] in _NOTED]
