@@ -10,8 +10,8 @@ SOURCE = Path(bayling_delta.__file__).parent
 ORDER = """
 errors system tensors sources downloads files arithmetic gpu strict_json safetensors_format zip_records state_pickle
 torch_format meta_format checkpoint recipes release_entry releases manifest tokenizer_files companions hub
-expectations gathering copies sampling oddities inspecting suspicions reads pairing plan growing crew windows adding
-engine identifying sinks model_card loading applying recording verifying registering report cli __main__
+expectations gathering copies sampling oddities looking suspicions reads pairing plan growing crew windows adding
+engine identifying sinks model_card loading applying recording verifying inspecting registering report cli __main__
 """.split()
 
 

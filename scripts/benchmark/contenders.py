@@ -218,7 +218,8 @@ def _mergekit(contender: Contender, place: Place) -> Job:
     }
     file = place.temporary / "mergekit.yml"
     file.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-    command = [str(place.peers.program("mergekit", "mergekit-yaml")), str(file), str(place.output)]
+    program = str(place.peers.program("mergekit", "mergekit-yaml"))
+    command = [program, str(file), str(place.output), "--lazy-unpickle"]  # else it holds whole shards
     return Job(command, _environment(place), place.output)
 
 

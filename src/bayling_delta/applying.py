@@ -34,7 +34,7 @@ from bayling_delta.identifying import (
     recipe_problems,
     sign_problems,
 )
-from bayling_delta.inspecting import look_at
+from bayling_delta.looking import look_at
 from bayling_delta.manifest import (
     MANIFEST_NAME,
     RESULT,

@@ -332,8 +332,9 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
 
 @commands.command()
 @click.argument("path", type=_PATH)
+@_registry
 @_common
-def inspect(path: Path, as_json: bool, quiet: bool) -> None:
+def inspect(path: Path, registry: tuple[Path, ...], as_json: bool, quiet: bool) -> None:
     """Say what a checkpoint is: its tensors, its architecture, delta or full model, and what is odd about it.
 
     PATH is a directory, one weights file, a shard index, or an id of the HuggingFace Hub whose weights are in its
@@ -347,7 +348,7 @@ def inspect(path: Path, as_json: bool, quiet: bool) -> None:
     """  # noqa: D301  # click looks for the character
     from bayling_delta import inspecting
 
-    document = inspecting.inspect_checkpoint(path)
+    document = inspecting.inspect_checkpoint(path, registry=registry)
     _show(document, report.inspected_text(document, path), as_json=as_json, quiet=quiet)
 
 

@@ -14,7 +14,7 @@ from bayling_delta.downloads import expected_sha256, origin, record_source
 from bayling_delta.engine import Digests
 from bayling_delta.errors import NoRecordError, Problem
 from bayling_delta.expectations import Expectation, ExpectedFile
-from bayling_delta.inspecting import Look
+from bayling_delta.looking import Look
 from bayling_delta.recipes import Recipe
 from bayling_delta.release_entry import Form, Release
 from bayling_delta.releases import Record, Registry, accepted_sha256

@@ -1,7 +1,7 @@
 """Results as text for people. What is said here was found out elsewhere; nothing is printed here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Final
@@ -171,6 +171,7 @@ def inspected_text(document: dict[str, Any], path: Path) -> str:
         ("path", [str(path)]),
         ("looks like", [f"{document['looks_like']} (from signs, which are no proof)"]),
         ("", [f"- {reason}" for reason in document["reasons"]]),
+        ("release", _release_lines(document["release"])),
         ("architecture", _architecture_lines(document["architecture"])),
         ("container", [f"{document['container']}, {_count(len(files), 'file')}, {size_text(stored)}"]),
         ("", _first(_columns(listed, "<>>"), _MOST_FILES)),
@@ -198,6 +199,15 @@ _SIZE_WORDS: Final = {
     "num_key_value_heads": "KV heads",
     "vocab_size": "vocabulary",
 }
+
+
+def _release_lines(release: Mapping[str, Any]) -> list[str]:
+    """What it is recognised as; and a hint, where it is not."""
+    if release["name"]:
+        return [f"{release['title']} (by {release['by']})"]
+    if release["sizes_of"]:
+        return [f"not recognised; its files have the sizes of {', '.join(release['sizes_of'])}, which prove nothing"]
+    return ["not recognised: neither by its place in the Hub's cache nor by small tensors on record"]
 
 
 def _architecture_lines(architecture: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from bayling_delta.checkpoint import Checkpoint, directory_of
 from bayling_delta.companions import foreign_files
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.expectations import read_manifest
-from bayling_delta.inspecting import Look
+from bayling_delta.looking import Look
 from bayling_delta.manifest import MANIFEST_NAME
 from bayling_delta.sources import exists
 
