@@ -132,7 +132,7 @@ def test_system_calls_grow_with_windows_and_files_alone(places: tuple[Path, Path
     plan = planned(*places)
     census, _ = carried_out(plan, tmp_path / "out")
     chunk = plan.budget.chunk_bytes
-    assert chunk == 2 << 20  # some 500 reads and 500 writes a gigabyte of each file
+    assert chunk > 5 << 20  # below 200 reads and 200 writes a gigabyte of each file
     for path, entries in (*census.reads.items(), *census.writes.items()):
         assert len(entries) <= path.stat().st_size // chunk + 2, path
     files = len(census.reads) + len(census.writes)

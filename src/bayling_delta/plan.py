@@ -38,7 +38,8 @@ DEFAULT_SHARD_SIZE: Final = 5 * 10**9
 """Bytes of tensors in an output file: the ecosystem's default since transformers 4.35."""
 DEFAULT_MEMORY_LIMIT: Final = 64 << 20
 """Bytes of buffers."""
-_LARGEST_CHUNK: Final = 2 << 20
+_LARGEST_CHUNK: Final = 8 << 20
+"""One read or write at a time keeps a disk busy only if it is a large one; docs/benchmarks.md has the trial."""
 _SMALLEST_CHUNK: Final = 16 << 10
 
 
