@@ -115,13 +115,16 @@ IDS = [
     ("owner/name", ("owner/name", "main", None)),
     ("Owner-1/a_b.7B-v1.1@v1.0", ("Owner-1/a_b.7B-v1.1", "v1.0", None)),
     ("owner/name@refs/pr/1", ("owner/name", "refs/pr/1", None)),
+    ("owner/name@v1.0+cu118", ("owner/name", "v1.0+cu118", None)),
     (f"owner/name@{'0' * 40}", ("owner/name", "0" * 40, None)),
     (f"owner/name/{INDEX}", ("owner/name", "main", INDEX)),
     (f"owner/name@refs/pr/1/{SAFE}", ("owner/name", "refs/pr/1", SAFE)),
     *((text, None) for text in (
         "name", "../owner/name", "/owner/name", "~/owner", "owner/name/more", "owner/..", "owner/",
         "owner--more/name", "owner/na me", "owner/name@", "owner/name@a@b", "base/pytorch_model.bin", "a/config.json",
-        "base/model.safetensors", "owner/näme", "C:/name", "owner/name\n", "",
+        "base/model.safetensors", "owner/näme", "C:/name", "owner/name@../main", "owner/name@a/../b",
+        "owner/name@a..b", "owner/name@-f", "owner/name@ma\udcffin", "owner/name@a b", "owner/name@main\n",
+        "owner/name@a:b", "owner/name@$x", "owner/name\n", "",
     )),
 ]  # fmt: skip
 

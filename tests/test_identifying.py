@@ -12,6 +12,7 @@ import torch
 from bayling_delta import apply, record, verify
 from bayling_delta.applying import plan_apply, plan_document
 from bayling_delta.errors import IntegrityError, MismatchError, NoRecordError
+from bayling_delta.inspecting import inspect_checkpoint
 from bayling_delta.registering import entry_from_manifest
 from bayling_delta.releases import load_releases
 from tests.pairs import CONFIG, StateDict, llama, save, shuffled
@@ -196,6 +197,73 @@ def test_another_base_is_known_by_its_norms_before_the_run(tmp_path: Path, base:
     plan_apply(tuned, known, tmp_path / "out", registry=registry, allow=["wrong_base"])
 
 
+def small_entry(place: Path, name: str, digests: Json, **changes: Any) -> Path:
+    """An entry of which nothing is on record but small tensors."""
+    weights = {"dtype": "F16", "tensors": 1, "parameters": 1, "tensor_bytes": 2, "source": ["me"]}
+    document = {
+        "schema": "bayling-delta/release/1",
+        "name": name,
+        "title": f"the {name}",
+        "kind": "full",
+        "source": ["me"],
+        "sources": {"me": "measured by me"},
+        "weights": {**weights, "small_tensors": digests},
+        **changes,
+    }
+    path = place / f"{name}.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def small_digests(state: StateDict) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in state.items() if "norm" in name
+    }
+
+
+SHARED = ["model.norm.weight", "model.layers.0.input_layernorm.weight"]
+NORMS = small_digests(llama(1))
+TWO = {name: NORMS[name] for name in SHARED}
+ONE = {SHARED[0]: NORMS[SHARED[0]]}
+ELSE = {f"model.layers.{number}.input_layernorm.weight": "0" * 64 for number in range(5, 9)}
+
+
+@pytest.mark.parametrize(
+    ("entries", "known", "by"),
+    [
+        ({"a": TWO, "b": NORMS}, "b", "the digests of 5 small tensors"),
+        ({"a": NORMS, "b": TWO}, "a", "the digests of 5 small tensors"),
+        ({"a": ONE}, "a", "the digest of 1 small tensor"),
+        ({"a": ONE | ELSE}, None, None),
+        ({"a": TWO | ELSE}, "a", "the digests of 2 small tensors"),
+        ({"a": NORMS | {SHARED[0]: "0" * 64}}, None, None),
+        ({"a": TWO, "b": TWO}, None, None),
+        ({"a": TWO, "b": TWO, "c": NORMS}, "c", "the digests of 5 small tensors"),
+    ],
+)
+def test_a_release_is_known_by_most_of_its_small_tensors(
+    tmp_path: Path, base: Path, entries: Json, known: str | None, by: str | None
+) -> None:
+    registry = [small_entry(tmp_path, name, digests) for name, digests in entries.items()]
+    found = inspect_checkpoint(base, registry=registry)["release"]
+    assert (found["name"], found["by"]) == (known, by)
+
+
+def test_two_entries_of_the_same_weights_are_one(tmp_path: Path, base: Path) -> None:
+    registry = [small_entry(tmp_path, name, TWO, equals="llama-7b") for name in ("a", "b")]
+    assert inspect_checkpoint(base, registry=registry)["release"]["name"] == "a"
+
+
+def test_a_full_model_for_a_base_is_asked_about_where_no_base_is_known(tmp_path: Path, base: Path, delta: Path) -> None:
+    registry = [registered(tmp_path, base, "tuned")]
+    assert any(
+        "is a full model, not a known base" in note
+        for note in plan_apply(base, delta, tmp_path / "out", registry=registry).notes
+    )
+    mine = [entry(tmp_path, "my-base", base)]
+    assert not any("full model" in note for note in plan_apply(base, delta, tmp_path / "out", registry=mine).notes)
+
+
 def rounded(state: StateDict) -> StateDict:
     return {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in state.items()}
 
@@ -234,6 +302,19 @@ def test_a_model_is_verified_against_a_release(tmp_path: Path, base: Path) -> No
     for name in ("my-base", "recorded"):
         with pytest.raises(IntegrityError, match=r"the registry's record of .* says"):
             verify(other, against=name, registry=registry)
+
+
+def test_files_of_two_forms_of_a_release_are_no_model(tmp_path: Path, base: Path) -> None:
+    """Each is on record, and they were never published together."""
+    other = save(tmp_path / "other", llama(5), shards=2)
+    forms = [json.loads(entry(tmp_path, "x", files).read_text())["forms"][0] for files in (base, other)]
+    registry = [entry(tmp_path, "mine", base, forms=[{**form, "title": str(n)} for n, form in enumerate(forms)])]
+    for whole in (base, other):
+        assert verify(whole, against="mine", registry=registry)["ok"]
+    second = "pytorch_model-00002-of-00002.bin"
+    shutil.copy(other / second, base / second)
+    with pytest.raises(IntegrityError, match="has files of different forms of the model"):
+        verify(base, against="mine", registry=registry)
 
 
 def test_a_release_of_which_too_little_is_on_record_verifies_nothing(tmp_path: Path, base: Path) -> None:

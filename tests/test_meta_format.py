@@ -146,6 +146,8 @@ def test_the_first_part_alone_stands_for_its_folder(tmp_path: Path) -> None:
     two = save_meta(tmp_path / "two", state, PLAIN, 2)
     (found,) = problems(two / "consolidated.01.pth")
     assert (found.kind, "is one of 2 parts; name the folder" in found.message) == ("incomplete", True)
+    (found,) = problems(two / "params.json")
+    assert f"name the folder that has them, {two}" in found.message
 
 
 def test_weights_in_huggingfaces_format_are_taken_where_both_are(tmp_path: Path) -> None:
@@ -270,6 +272,17 @@ def test_files_that_are_met_in_order_are_read_once(tmp_path: Path, write: Callab
     manifest = apply(base, delta, tmp_path / "out", allow=["looks_like_model"])
     what = [entry["what"] for entry in manifest["verification"]]
     assert {"1 weight file of the base", "1 weight file of the delta"} <= set(what)
+
+
+@pytest.mark.parametrize("write", [write_checklist, write_sums])
+def test_a_list_may_have_been_saved_on_windows(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
+    folder = save_meta(tmp_path / "meta", random_model(PLAIN), PLAIN, 2)
+    path = write(folder, BOTH)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert verify(folder)["ok"]
+    flip_a_bit(folder / BOTH[1], "attention.wo")
+    with pytest.raises(IntegrityError):
+        verify(folder)
 
 
 def test_a_list_that_cannot_be_used_is_told(tmp_path: Path) -> None:
@@ -434,6 +447,52 @@ def test_parts_of_two_models(tmp_path: Path) -> None:
         record(folder)
     assert [odd["kind"] for odd in inspect_checkpoint(folder)["odd"]] == ["copies"]
     assert apply(folder, delta, tmp_path / "out", allow=["copies"])["options"]["allow"] == ["copies"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_part_that_is_there_twice(tmp_path: Path, shared: bool) -> None:
+    """Shapes and norms agree, as in parts of one model."""
+    folder = save_meta(tmp_path / "meta", random_model(PLAIN), PLAIN, 4, shared=shared)
+    (folder / "consolidated.03.pth").write_bytes((folder / "consolidated.01.pth").read_bytes())
+    delta = delta_of(tmp_path / "delta")
+    with pytest.raises(MismatchError) as caught:
+        apply(folder, delta, tmp_path / "out")
+    (found,) = caught.value.problems
+    assert (found.kind, found.where, found.allow) == ("copies", str(folder / "consolidated.03.pth"), True)
+    assert "has the same weights as consolidated.01.pth" in found.message
+    assert [odd["kind"] for odd in inspect_checkpoint(folder)["odd"]] == ["copies"]
+    assert plan_apply(folder, delta, tmp_path / "out", allow=["copies"])
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"n_heads": 8}, ["num_attention_heads 8, and the delta's config.json says 16", "num_key_value_heads 8, and"]),
+        ({"n_heads": 32}, ["num_attention_heads 32, and the delta's config.json says 16", "num_key_value_heads 32"]),
+    ],
+)
+def test_heads_that_are_not_those_of_the_delta(tmp_path: Path, params: dict[str, int], said: list[str]) -> None:
+    """Every shape agrees, and the rows of q and k would be put into another order."""
+    folder = save_meta(tmp_path / "meta", random_model(PLAIN), PLAIN, 2)
+    with_params(**params)(folder)
+    delta = delta_of(tmp_path / "delta")
+    with pytest.raises(MismatchError) as caught:
+        plan_apply(folder, delta, tmp_path / "out", allow=["architecture"])
+    assert [(found.kind, found.where) for found in caught.value.problems] == [
+        ("heads", str(folder / "params.json"))
+    ] * 2
+    for found, words in zip(caught.value.problems, said, strict=True):
+        assert words in found.message
+        assert not found.allow
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_heads_that_no_config_confirms_are_noted(tmp_path: Path, config: dict[str, Any] | None) -> None:
+    folder = save_meta(tmp_path / "meta", random_model(PLAIN), PLAIN, 2)
+    whole = {name: tensor * 0.001 for name, tensor in converted(random_model(PLAIN, seed=9), PLAIN).items()}
+    delta = save(tmp_path / "delta", whole, config=config)
+    plan = plan_apply(folder, delta, tmp_path / "out")
+    assert any("n_heads orders the rows of q and k" in note for note in plan.notes)
 
 
 @given(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bayling_delta import apply, verify
+from bayling_delta.applying import plan_apply
 from bayling_delta.errors import IntegrityError, MismatchError
 from bayling_delta.recipes import RECIPES
 from tests.pairs import CONFIG, StateDict, assert_same, llama, load, save
@@ -165,6 +166,23 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
     delta = llama(2, 0.01)
     delta[ROWS[0]] = torch.zeros(163, 65, dtype=torch.float16)
     assert "F16 [160, 64] in the base, F16 [163, 65]" in refusal(tmp_path, llama(1), delta, "vicuna-v0")
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (160, 0)], ids=["no rows", "no columns"])
+@pytest.mark.parametrize("recipe", ["alpaca", "vicuna-v0"])
+def test_a_base_whose_embedding_is_empty_is_refused(tmp_path: Path, shape: tuple[int, int], recipe: str) -> None:
+    base, delta = llama(1, dtype=torch.float32), grown(torch.float32)
+    base[ROWS[0]] = torch.zeros(shape)
+    delta[ROWS[0]] = torch.zeros(163, shape[1])
+    found = refusal(tmp_path, base, delta, recipe, allow=["architecture"])
+    assert f"F32 [{shape[0]}, {shape[1]}] in the base, F32 [163, {shape[1]}] in the delta" in found
+
+
+def test_an_embedding_that_is_one_number_has_no_rows(tmp_path: Path) -> None:
+    """Whatever that is, it was not grown before."""
+    for side, tensors in (("base", llama(1)), ("delta", llama(2, 0.01))):
+        save(tmp_path / side, tensors | {ROWS[0]: torch.tensor(1.0).half()})
+    assert plan_apply(tmp_path / "base", tmp_path / "delta", tmp_path / "out", recipe="vicuna-v0").notes is not None
 
 
 def test_float32_is_asked_for_where_the_release_is_float32(tmp_path: Path) -> None:

@@ -538,6 +538,13 @@ REFUSED: dict[str, tuple[Json | str, str]] = {
     "a name of the program's": (minimal(name="llama-7b"), "has the name 'llama-7b', which another entry has"),
     "an alias of the program's": (minimal(aliases=["BayLing-7B", "x"]), "aliases[0]: is 'BayLing-7B'"),
     "a Hub id of the program's": (minimal(aliases=["ictnlp/BayLing-7b-diff"]), "which another entry has (BayLing 7B"),
+    "an alias twice": (minimal(aliases=["x", "y", "x"]), "aliases: has one of them twice"),
+    "its own base": (minimal(kind="delta", bases=["mine"], recipe="plain"), "bases: 'mine' is the entry itself"),
+    "its own result": (minimal(result="mine"), "result: 'mine' is the entry itself"),
+    "its own equal": (minimal(equals="mine"), "equals: 'mine' is the entry itself; leave it out"),
+    "an empty file": ("", "is empty"),
+    "a number of 4,000 digits": ('{"schema": ' + "9" * 4000 + "}", "is not JSON (it has a number of 4,000 digits)"),
+    "a name of 5,000 letters": (minimal(name="x" * 5000), f"name: is '{'x' * 60}', not a name"),
     "an unknown base": (minimal(kind="delta", bases=["no-such"]), "bases: there is no release 'no-such'"),
     "an unknown result": (minimal(result="no-such"), "result: there is no release 'no-such'"),
     "an unknown recipe": (minimal(kind="delta", bases=["llama-7b"], recipe="magic"), "recipe: is 'magic', not one of"),
@@ -569,6 +576,8 @@ def test_what_cannot_be_an_entry_is_refused(tmp_path: Path, case: str) -> None:
     assert {problem.kind for problem in refused.value.problems} == {"registry"}
     assert {problem.where for problem in refused.value.problems} == {str(path)}
     assert words in str(refused.value)
+    assert "download" not in str(refused.value)
+    assert all(len(problem.message) < 200 for problem in refused.value.problems)
 
 
 def test_everything_wrong_with_every_entry_is_told_at_once(tmp_path: Path) -> None:
@@ -705,6 +714,17 @@ def test_without_a_name_the_entry_has_that_of_the_file_or_its_directory(tmp_path
         (lambda text: text.replace("manifest/1", "manifest/2"), {}, CheckpointError, "not a manifest of this version"),
         (lambda text: text.replace('"size"', '"sized"'), {}, CheckpointError, "is not a manifest"),
         (lambda text: re.sub('"created": "[^"]*"', '"created": "\\\\u001b"', text), {}, CheckpointError, "not a line"),
+        (lambda text: re.sub('"created": "[^"]*"', '"created": [1]', text), {}, CheckpointError, "when it was made"),
+        (lambda text: text.replace('"created"', '"make"'), {}, CheckpointError, "is not a manifest"),
+        (lambda text: text.replace('"record"', "{}"), {}, CheckpointError, "its operation is no name"),
+        (lambda text: text.replace('"dtype": "F16",\n    "files"', '"files"'), {}, CheckpointError, "('dtype')"),
+        (
+            lambda text: text.replace('"dtype": "F16",\n    "files"', '"dtype": [],\n"files"'),
+            {},
+            CheckpointError,
+            "dtype",
+        ),
+        (lambda text: text, {"name": "x" * 5000}, UsageError, f"'{'x' * 80}' is no name for a release"),
     ],
 )
 def test_what_cannot_become_an_entry_is_refused(

@@ -30,6 +30,7 @@ from bayling_delta.identifying import (
     files_worth_a_digest,
     identify,
     look_up,
+    pairing_notes,
     pairing_problems,
     recipe_problems,
     sign_problems,
@@ -165,6 +166,7 @@ def _prepare(
         allowed=allow,
     )
     told = [f"{checkpoint.path}: is {identities[role]}" for role, checkpoint in inputs.items() if identities[role]]
+    told += pairing_notes(inputs["base"], identities["base"], identities["delta"])
     return _Prepared(
         replace(plan, notes=(*told, *plan.notes, *notes)), known, identities, recipe_named=recipe is not None
     )

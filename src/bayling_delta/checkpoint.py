@@ -142,6 +142,9 @@ _Files = dict[str, list[str] | None]
 def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[Problem]]:
     """Where a checkpoint's files lie, its index, which they are, what to say of that, and what is wrong with it."""
     if file_size(path) is not None:
+        if path.name == meta_format.PARAMS_NAME:
+            what = f"goes with weights, and is none; name the folder that has them, {path.parent}"
+            raise CheckpointError(Problem("not_weights", str(path), what))
         if path.suffix == ".json":
             placed, problems = read_index(path)
             return path.parent, path, placed, (), problems

@@ -130,6 +130,7 @@ KINDS: dict[str, Kind] = {
     # 4: base and delta do not belong together
     "missing_tensor": Kind(MismatchError, "one side lacks a tensor that the other has"),
     "shape": Kind(MismatchError, "base and delta disagree about a tensor's shape"),
+    "heads": Kind(MismatchError, "a base in Meta's format and the delta's config.json disagree about the heads"),
     "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
     "recipe": Kind(MismatchError, "base and delta fit together by another recipe"),
     "no_recipe": Kind(MismatchError, "a release that is combined with its base by no rule that is known here"),
@@ -143,7 +144,9 @@ KINDS: dict[str, Kind] = {
     "already_rebuilt": Kind(MismatchError, "the base is itself the sum of a base and a delta", allow=True),
     "architecture": Kind(MismatchError, "config.json and the shapes disagree about the model's sizes", allow=True),
     "tokenizer": Kind(MismatchError, "the tokenizer has more tokens than the embedding has rows", allow=True),
-    "copies": Kind(MismatchError, "parts of a model disagree about a tensor that all have alike", allow=True),
+    "copies": Kind(
+        MismatchError, "parts of a model disagree about a tensor that all have alike, or are one part twice", allow=True
+    ),
     "tied": Kind(MismatchError, "lm_head.weight is tied to the embedding and yet differs from it"),
     "non_finite": Kind(MismatchError, "an input or the result has infinite or NaN elements", allow=True),
     # 5: a digest differs

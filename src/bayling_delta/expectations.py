@@ -74,6 +74,8 @@ class Expectation:
     """What the manifest was written by."""
     recipe: str | None = None
     """How the sum was made, where it was."""
+    forms: tuple[Mapping[str, frozenset[str]], ...] = ()
+    """Where files are recorded in several forms: the digests of each, by name. All files must be of one form."""
     downloaded: bool = False
     """Whether it is what the Hub said of the files: one that differs can be had again."""
 
@@ -106,6 +108,9 @@ def read_manifest(path: Path) -> Expectation:
             (len(files) != len(names), "it has a file twice"),
             (dtype not in (None, *FLOATS), "it names a dtype that no result has"),
             (not isinstance(recipe, str | None), "its recipe is no name"),
+            (not isinstance(operation, str), "its operation is no name"),
+            (not isinstance(document["created"], str), "it does not say when it was made"),
+            (result["dtype"] not in (None, *DTYPES), "its result's dtype is none"),
             (
                 result["parameters"] != sum(math.prod(tensor.shape) for tensor in tensors.values()),
                 "its tensors' shapes do not add up to its parameters",
@@ -168,7 +173,7 @@ def _read_checklist(path: Path) -> Expectation:
 def _read_list(path: Path, digits: int) -> dict[str, str]:
     """Digests of so many hexadecimal digits, by the names of files."""
     digests: dict[str, str] = {}
-    text = read_file(path, JSON_CAP).decode("utf-8", "surrogateescape")
+    text = read_file(path, JSON_CAP).decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")  # as from Windows
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         found = re.fullmatch(rf"([0-9a-fA-F]{{{digits}}}) [ *](.+)", line)
         if not found or not stays_in_directory(found[2]) or found[2] in digests:
@@ -251,13 +256,22 @@ def differences(
     ``tensors`` are the digests found, None where the weights cannot be opened; ``places`` says which file each
     tensor is in; ``files`` are the files found, by name.
     """
-    problems = list(_file_differences(expected, model, files))
+    problems = list(_file_differences(expected, model, files)) or _mixture(expected, model, files)
     if tensors is not None and expected.tensors is not None:
         problems += _tensor_differences(expected, expected.tensors, model, tensors, places)
     if tensors is not None and expected.weights_digest not in (None, found := weights_digest(tensors.values())):
         what = f"its weights digest is {found}; {expected.source} says {expected.weights_digest}"
         problems.append(Problem("digest", str(model), what))
     return problems
+
+
+def _mixture(expected: Expectation, model: Path, files: Mapping[str, FoundFile]) -> list[Problem]:
+    """The finding that files, each as recorded, are of different forms of a release."""
+    found = {name: {files[name].sha256, files[name].md5} for name in expected.files.keys() & files.keys()}
+    if not expected.forms or any(all(found[name] & form[name] for name in found) for form in expected.forms):
+        return []
+    what = f"has files of different forms of the model: each is in {expected.source}, and no form has all of them"
+    return [Problem("digest", str(model), what)]
 
 
 def _file_differences(expected: Expectation, model: Path, files: Mapping[str, FoundFile]) -> Iterator[Problem]:

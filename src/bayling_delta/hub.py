@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 _ID: Final = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)"
-    r"(?:@(?P<revision>[^@\s]+?))?"
+    r"(?:@(?P<revision>\w[\w.+-]*(?:/\w[\w.+-]*)*?))?"
     r"(?:/(?P<file>[\w.-]+\.(?:safetensors|bin|index\.json)))?",
     re.ASCII,
 )
@@ -96,7 +96,7 @@ def parse_id(path: Path) -> HubId | None:
     ``owner/name``, ``owner/name@revision``, and either with the name of a weights file or an index after it.
     """
     found = _ID.fullmatch(path.as_posix())
-    if not found or found["repo"].endswith(_FILE_SUFFIXES) or re.search(r"\.\.|--", found["repo"]):
+    if not found or found["repo"].endswith(_FILE_SUFFIXES) or "--" in found["repo"] or ".." in found[0]:
         return None
     return HubId(found[0], found["repo"], found["revision"] or "main", found["file"])
 

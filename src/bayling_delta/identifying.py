@@ -26,6 +26,7 @@ __all__ = [
     "files_worth_a_digest",
     "identify",
     "look_up",
+    "pairing_notes",
     "pairing_problems",
     "recipe_problems",
     "sign_problems",
@@ -56,12 +57,29 @@ def identify(checkpoint: Checkpoint, look: Look, registry: Registry) -> Identity
     if found and release:
         forms = tuple(form for form in release.forms if found.repo.lower() in map(str.lower, form.hub))
         return Identity(release, forms or release.forms, f"its place in the Hub's cache, {found.repo}")
+    return _by_small_tensors(look, registry)
+
+
+def _by_small_tensors(look: Look, registry: Registry) -> Identity | None:
+    """The release that has most small tensors in common with what was looked at, all of them equal.
+
+    One tensor alone proves nothing where more are on record, nor do tensors that two models share.
+    """
+    found: dict[int, list[Release]] = {}
     for release in registry.releases:
         known = release.weights.small_tensors if release.weights else {}
         common = known.keys() & look.small_digests.keys()
-        if common and all(known[name] == look.small_digests[name] for name in common):
-            return Identity(release, release.forms, f"the digests of {len(common)} small tensors")
-    return None
+        equal = all(known[name] == look.small_digests[name] for name in common)
+        if equal and (len(common) > 1 or len(common) == len(known) == 1):
+            found.setdefault(len(common), []).append(release)
+    if not found:
+        return None
+    count = max(found)
+    best, *others = found[count]
+    if any(other.weights_of != best.weights_of for other in others):
+        return None
+    by = f"the digests of {count} small tensors" if count > 1 else "the digest of 1 small tensor"
+    return Identity(best, best.forms, by)
 
 
 def files_worth_a_digest(checkpoint: Checkpoint, identity: Identity | None, registry: Registry) -> set[Path]:
@@ -104,6 +122,15 @@ def pairing_problems(
         )
         problems.append(Problem("wrong_base", str(base.path), message))
     return problems
+
+
+def pairing_notes(base: Checkpoint, base_identity: Identity | None, delta: Identity | None) -> list[str]:
+    """What to tell of a base that is a whole model, where nobody knows which base the delta was made against."""
+    kind = base_identity.release.kind if base_identity else None
+    if kind not in ("full", "xor") or (delta and delta.release.bases):
+        return []
+    what = "a full model" if kind == "full" else "a model's files to be combined by XOR"
+    return [f"{base.path}: {base_identity} is {what}, not a known base; is it the one that you mean?"]
 
 
 def _bases(delta: Identity, registry: Registry) -> str:
@@ -235,15 +262,25 @@ def expectation_of(release: Release, model: Checkpoint) -> Expectation:
     if release.weights and release.weights.digest:
         return Expectation(source, release.weights.digest)
     names = frozenset(file.path.name for file in model.files)
-    files = {
-        name: _expected_file([form for form in release.forms if form.weight_files == names], name) for name in names
-    }
+    forms = [form for form in release.forms if form.weight_files == names]
+    files = {name: _expected_file(forms, name) for name in names}
     missing = sorted(name for name, file in files.items() if file is None)
     if missing:
         unrecorded = f"; not published: {'; '.join(release.unrecorded)}" if release.unrecorded else ""
         message = f"nobody has recorded a digest of {', '.join(missing)} of {release.title}{unrecorded}"
         raise NoRecordError(Problem("no_record", str(model.path), message))
-    return Expectation(source, files={name: file for name, file in files.items() if file})
+    return Expectation(
+        source, files={name: file for name, file in files.items() if file}, forms=tuple(map(_digests_by_name, forms))
+    )
+
+
+def _digests_by_name(form: Form) -> dict[str, frozenset[str]]:
+    """What the SHA-256 or the MD5 of each weight file of a form can be."""
+    rows = [file for file in form.files if file.is_weights]
+    return {
+        name: frozenset(digest for file in rows if file.name == name for digest in (*file.sha256, *file.md5))
+        for name in form.weight_files
+    }
 
 
 def _expected_file(forms: Sequence[Form], name: str) -> ExpectedFile | None:

@@ -26,7 +26,7 @@ def stand_in(recipe: Recipe) -> StandIn:
 def pair_problems(base: Checkpoint, delta: Checkpoint, recipe: Recipe) -> list[Problem]:
     """Everything that keeps two checkpoints from being added by a recipe; with the recipes that would fit."""
     base_weights, delta_weights = base.weights, delta.weights
-    problems = list(_problems(base, base_weights, delta, delta_weights, recipe))
+    problems = [*_problems(base, base_weights, delta, delta_weights, recipe), *_head_problems(base, delta)]
     kinds = {problem.kind for problem in problems}
     if "dtype" in kinds or not kinds & {"shape", "missing_tensor"}:
         return problems
@@ -68,7 +68,7 @@ def _problems(
             what = f"{left} in the base, {right} in the delta; is this the right base and release?"
             yield Problem("shape", name, what)
     rows = [weights[EMBEDDING].shape for weights in (base_weights, delta_weights) if EMBEDDING in weights]
-    if recipe.rows == "zero" and len(rows) == 2 and rows[0] == rows[1]:
+    if recipe.rows == "zero" and len(rows) == 2 and rows[0] == rows[1] != ():
         # The published script would set rows to zero that it did not add: FastChat 0.1.10, apply_delta.py.
         what = f"has {rows[0][0]:,} rows on both sides, and {recipe.name} adds rows to the base: was one added before?"
         yield Problem("vocabulary", EMBEDDING, f"{what} Give the base as it was published")
@@ -82,4 +82,20 @@ def _may_grow(name: str, left: TensorRef, right: TensorRef, recipe: Recipe) -> b
         and len(left.shape) == len(right.shape) == 2
         and left.shape[1] == right.shape[1]
         and left.shape[0] < right.shape[0]
+        and left.elements > 0  # of no rows there is no mean
     )
+
+
+def _head_problems(base: Checkpoint, delta: Checkpoint) -> Iterator[Problem]:
+    """Sizes of heads in which two checkpoints differ, where one is in Meta's format.
+
+    They decide into which order the rows of its q and k are put, and no shape shows them.
+    """
+    if "meta" not in (base.container, delta.container):
+        return
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        here, other = ((side.config or {}).get(key) for side in (base, delta))
+        if type(here) is int and type(other) is int and here != other:
+            what = f"means {key} {here:,}, and the delta's {delta.config_name} says {other:,}"
+            advice = "the rows of q and k would be put into another order; which of them is right?"
+            yield Problem("heads", str(base.directory / base.config_name), f"{what}: {advice}")

@@ -91,7 +91,7 @@ def entry_from_manifest(
     if name is None:
         name = (path.absolute().parent.name if path.name == MANIFEST_NAME else path.stem).lower()
     if not is_release_name(name):
-        message = f"{name!r} is no name for a release: lower-case letters, digits, '.', '_' and '-'"
+        message = f"{name[:80]!r} is no name for a release: lower-case letters, digits, '.', '_' and '-'"
         raise UsageError(Problem("option", "--name", message))
     if other := registry.find(name):
         message = f"{name!r} is taken ({other.title}), and no entry hides another; choose another name"

@@ -315,6 +315,8 @@ def _contradictions(release: Release) -> Iterator[str]:
         yield from (f"{where}.source: {key!r} is no key of 'sources'" for key in keys if key not in release.sources)
         if not keys:
             yield f"{where}.source: names no source"
+    if len(set(release.aliases)) < len(release.aliases):
+        yield "aliases: has one of them twice"
     if release.prompt and not release.prompt.source:
         yield "prompt.source: names no source"
     yield from (f"sources.{key}: no fact names it" for key in release.sources if key not in cited)
@@ -462,4 +464,4 @@ def _shown(value: Any) -> str:
     """A value in a message, whatever its size."""
     if isinstance(value, dict | list):
         return "a table" if isinstance(value, dict) else "a list"
-    return repr(value[:60] if isinstance(value, str) else value)
+    return repr(value[:60]) if isinstance(value, str) else repr(value)[:60]

@@ -59,7 +59,7 @@ class Registry:
         if release is None:
             alike = self.suggestions(text)
             advice = f"did you mean {' or '.join(alike)}?" if alike else "'bayling-delta releases' lists them"
-            raise UsageError(Problem("option", text, f"is no release that is known; {advice}"))
+            raise UsageError(Problem("option", text[:80], f"is no release that is known; {advice}"))
         return release
 
     def suggestions(self, text: str) -> tuple[str, ...]:
@@ -154,10 +154,9 @@ def _read_file(path: Path, prompts: Mapping[str, Any], problems: list[Problem]) 
     try:
         document = read_table(path, _CAP)
     except CheckpointError as error:
-        problems += [
-            problem if problem.kind == "not_found" else Problem("registry", str(path), problem.message)
-            for problem in error.problems
-        ]
+        for problem in error.problems:
+            what = problem.message.partition("; download it again")[0]  # an entry is nobody's download
+            problems.append(problem if problem.kind == "not_found" else Problem("registry", str(path), what))
         return None
     named = document.get("prompt")
     if isinstance(named, str) and named in prompts:
@@ -192,7 +191,9 @@ def _dangling(entries: Sequence[tuple[Path, Release]]) -> Iterator[Problem]:
             for name in names:
                 if name is not None and name not in known:
                     yield Problem("registry", str(path), f"{where}: there is no release {name!r}")
-        if release.equals in known and known[release.equals].equals:
+                elif name == release.name:
+                    yield Problem("registry", str(path), f"{where}: {name!r} is the entry itself; leave it out")
+        if release.equals in known.keys() - {release.name} and known[release.equals].equals:
             yield Problem("registry", str(path), f"equals: {release.equals!r} has another's weights itself; name that")
 
 

@@ -1,9 +1,11 @@
 """JSON from files that are not trusted: no key twice, no surprise but `ValueError`."""
 
 import json
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["load_strict"]
+
+_MOST_DIGITS: Final = 60
 
 
 def load_strict(data: bytes, most_tables: int = 1_000_000) -> Any:
@@ -11,18 +13,25 @@ def load_strict(data: bytes, most_tables: int = 1_000_000) -> Any:
 
     Raises:
         ValueError: it is not JSON, nests too deep, has more than ``most_tables`` tables and lists, or has a key
-            twice in one table, of which readers would take one or the other.
+            twice in one table, of which readers would take one or the other, or a number of very many digits.
     """
     if data.count(b"[") + data.count(b"{") > most_tables:  # a few bytes of JSON can take a hundred of memory
         raise ValueError(f"it has more than {most_tables:,} tables and lists")
     try:
         text = data.decode("utf-8")
         del data  # where the caller keeps none, this is the last one: parsing takes memory enough
-        return json.loads(text, object_pairs_hook=_table)
+        return json.loads(text, object_pairs_hook=_table, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     except UnicodeDecodeError as error:  # whose own text would have all of the data in it
         raise ValueError(f"it is not UTF-8 at byte {error.start:,}") from error
+
+
+def _integer(digits: str) -> int:
+    """A whole number; one of more digits than any size or count has would fill a message."""
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

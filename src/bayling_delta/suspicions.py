@@ -52,6 +52,9 @@ def suspect(base: Checkpoint, base_look: Look, delta: Checkpoint, delta_look: Lo
     notes = [f"{odd['where']}: {odd['message']}" for odd in base_look.odd if odd["kind"] in _NOTED]
     if not exists(delta.directory / "config.json"):
         notes.append(f"{delta.directory / 'config.json'}: is not there; the result needs one before it can be loaded")
+    if base.container == "meta" and "num_attention_heads" not in (delta.config or {}):
+        params = base.directory / base.config_name
+        notes.append(f"{params}: its n_heads orders the rows of q and k, and no config.json of the delta confirms it")
     if foreign := foreign_files(delta):
         notes.append(f"{delta.directory}: not understood, and not copied: {', '.join(foreign)}")
     return problems, notes

@@ -137,7 +137,7 @@ def _expectations(model: Path, against: str | None, registry: Sequence[Path]) ->
         alike = known.suggestions(against)
         advice = f"; did you mean the release {' or '.join(alike)}?" if alike else ""
         message = f"is neither a weights digest, nor a manifest's file, nor a directory with one, nor a release{advice}"
-        raise CheckpointError(Problem("not_found", against, message))
+        raise CheckpointError(Problem("not_found", against[:80], message))
     return [expectation_of(release, open_checkpoint(model))]
 
 
