@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.running import Run, runner
+
+pytest.register_assert_rewrite("tests.wrong_input")
+
 # The machines that run these are shared: a slow moment is no fault.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -23,3 +27,9 @@ def _signals() -> Iterator[None]:
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line with ``--json`` in this process."""
+    return runner(capsys)

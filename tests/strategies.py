@@ -14,9 +14,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bayling_delta.gathering import tiles
+from bayling_delta.gathering import tile_memory, tiles
 from bayling_delta.sources import Source, read_bytes
-from bayling_delta.tensors import TensorRef
+from bayling_delta.tensors import DTYPES, TensorRef
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -131,7 +131,7 @@ def read_tensor(source: Source, ref: TensorRef, tile_bytes: int) -> bytes:
     if ref.in_order:
         return read_bytes(source, ref.views[0].offset, ref.nbytes)
     whole = bytearray()
-    for tile in tiles({source.path: source}, ref, tile_bytes):
+    for tile in tiles({source.path: source}, ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype]))):
         assert tile.start == len(whole)
         part = bytearray(tile.nbytes)
         tile.copy(memoryview(part), 0)

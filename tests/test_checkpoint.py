@@ -210,7 +210,7 @@ def test_a_tensor_that_the_index_names_and_no_shard_has(tmp_path: Path, containe
     rewrite_index(directory, container, {"extra.weight": shard(container, 1, 2)})
     found = problem(directory)
     assert (found.kind, found.where) == ("index", str(directory / shard(container, 1, 2)))
-    assert found.message == "lacks extra.weight, which the index places here; stale?"
+    assert found.message == "lacks extra.weight, which the index places here; is one of them stale? Download both again"
 
 
 @CONTAINERS
@@ -219,7 +219,10 @@ def test_a_tensor_that_the_index_does_not_name(tmp_path: Path, container: str) -
     rewrite_index(directory, container, {"model.norm.weight": None})
     found = problem(directory)
     assert (found.kind, found.where) == ("index", str(directory / shard(container, 2, 2)))
-    assert found.message == "has model.norm.weight, which the index does not place here; stale?"
+    assert (
+        found.message
+        == "has model.norm.weight, which the index does not place here; is one of them stale? Download both again"
+    )
 
 
 def test_a_rotary_buffer_may_be_in_the_index_or_the_shards_alone(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_dry_run_writes_nothing_and_tells_the_plan(tmp_path: Path, pair: tuple[s
 def test_expect(pair: tuple[str, ...]) -> None:
     digest = json.loads(bayling_delta("apply", *pair, "--json").stdout)["result"]["weights_digest"]
     other = [*pair[:-1], pair[-1] + "-2"]
-    assert "matches --expect" in bayling_delta("apply", *other, "--expect", digest).stdout
+    assert "the result's weights digest: as --expect" in bayling_delta("apply", *other, "--expect", digest).stdout
     failed = bayling_delta("apply", *pair[:-1], pair[-1] + "-3", "--expect", "1" * 64)
     assert failed.returncode == 5
     assert digest in failed.stderr

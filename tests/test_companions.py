@@ -344,7 +344,8 @@ def test_a_users_own_entry_gives_its_prompt(tmp_path: Path, pair: tuple[Path, Pa
         "chat_template": "{{ messages[0]['content'] }}!",
         "source": ["I made it"],
     }
-    (tmp_path / "entry.json").write_text(json.dumps(minimal(kind="delta", bases=["llama-7b"], prompt=prompt)))
+    entry = minimal(kind="delta", bases=["llama-7b"], recipe="plain", prompt=prompt)
+    (tmp_path / "entry.json").write_text(json.dumps(entry))
     known(load_releases([tmp_path / "entry.json"]).get("mine"))
     manifest = apply(*pair, tmp_path / "out")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

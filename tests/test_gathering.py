@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bayling_delta import system
 from bayling_delta.errors import CheckpointError
-from bayling_delta.gathering import block_bytes, elements_digest, read_elements, tiles
+from bayling_delta.gathering import block_bytes, elements_digest, read_elements, tile_memory, tiles
 from bayling_delta.sources import Source, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import DTYPES, TensorRef, one_view
@@ -67,7 +67,7 @@ def test_tiles_in_turn_are_the_row_major_tensor(path: Path, view: View, tile_byt
 def test_a_tile_fits_the_memory_given(path: Path, view: View, tile_bytes: int) -> None:
     ref, _ = view.write(path)
     with open_source(path) as source:
-        sizes = [tile.nbytes for tile in tiles({path: source}, ref, tile_bytes)]
+        sizes = [tile.nbytes for tile in tiles({path: source}, ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype])))]
     assert all(0 < size <= max(tile_bytes, DTYPES[ref.dtype]) for size in sizes)
 
 
@@ -77,7 +77,7 @@ def test_any_range_of_a_tile_can_be_copied(path: Path, view: View, tile_bytes: i
     ref, expected = view.write(path)
     item_bytes = DTYPES[ref.dtype]
     with open_source(path) as source:
-        for tile in tiles({path: source}, ref, tile_bytes):
+        for tile in tiles({path: source}, ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype]))):
             cuts = st.integers(0, tile.nbytes // item_bytes)
             first, last = sorted((data.draw(cuts), data.draw(cuts)))
             part = bytearray((last - first) * item_bytes)
@@ -90,7 +90,10 @@ def test_a_tensor_that_lies_in_row_major_order_is_gathered_too(path: Path, tile_
     path.write_bytes(bytes(range(24)))
     ref = one_view(path, 4, "U8", (4, 5))
     with open_source(path) as source:
-        found = b"".join(tile.values[0].tobytes() for tile in tiles({path: source}, ref, tile_bytes))
+        found = b"".join(
+            tile.values[0].tobytes()
+            for tile in tiles({path: source}, ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype])))
+        )
     assert found == bytes(range(4, 24))
 
 
@@ -107,7 +110,7 @@ def test_memory_does_not_depend_on_the_number_of_rows(path: Path) -> None:
     """One element, said to be four terabytes: the first tile comes all the same."""
     path.write_bytes(b"\x07")
     with open_source(path) as source:
-        first = next(tiles({path: source}, one_view(path, 0, "U8", (1 << 40, 4), (0, 0)), 2))
+        first = next(tiles({path: source}, one_view(path, 0, "U8", (1 << 40, 4), (0, 0)), tile_memory(2)))
     assert first.values[0].tolist() == [[7, 7]]
 
 
@@ -125,7 +128,7 @@ class CountingSystem(system.PortableSystem):
 def test_an_expanded_element_is_read_once(path: Path) -> None:
     ref, _ = View("F32", 0, (1000, 4), (0, 1)).write(path)
     with system.using(CountingSystem()) as counting, open_source(path) as source:
-        (tile,) = tiles({path: source}, ref, 1 << 20)
+        (tile,) = tiles({path: source}, ref, tile_memory(1 << 20))
     assert tile.nbytes == 16_000
     assert isinstance(counting, CountingSystem)
     assert counting.read_bytes == 16
@@ -225,7 +228,7 @@ def test_joined_views_are_what_torch_joins(path: Path, join: Join, tile_bytes: i
     ref, expected = join.write(path.parent / "parts")
     whole = b""
     with ExitStack() as stack:
-        for tile in tiles(opened(stack, ref), ref, tile_bytes):
+        for tile in tiles(opened(stack, ref), ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype]))):
             assert tile.start == len(whole)
             assert 0 < tile.nbytes <= max(tile_bytes, 2)
             part = bytearray(tile.nbytes)
@@ -266,7 +269,7 @@ def test_what_lies_in_blocks_is_read_in_whole_runs(path: Path, join: Join, more:
     tile_bytes = block + 2 * ALIGNMENT * len(ref.views) + more
     whole = b""
     with ExitStack() as stack:
-        for tile in tiles(opened(stack, ref, direct=direct), ref, tile_bytes, see):
+        for tile in tiles(opened(stack, ref, direct=direct), ref, tile_memory(max(tile_bytes, DTYPES[ref.dtype])), see):
             part = bytearray(tile.nbytes)
             tile.copy(memoryview(part), 0)
             whole += part

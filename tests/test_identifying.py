@@ -162,9 +162,9 @@ def test_a_delta_in_the_cache_of_the_hub_is_known_by_its_place(tmp_path: Path, b
 
 def test_full_models_deltas_and_files_without_a_rule_are_told_apart(tmp_path: Path, base: Path, delta: Path) -> None:
     for repo, role, kind, words in (
-        ("ICTNLP/bayling-13b-v1.1", "delta", "looks_like_model", "nothing needs to be added"),
+        ("ICTNLP/bayling-13b-v1.1", "delta", "looks_like_model", "full weights already, with nothing to apply"),
         ("ICTNLP/bayling-7b-diff", "base", "looks_like_delta", "which is a delta, and a base is a whole model"),
-        ("OpenAssistant/oasst-rlhf-2-llama-30b-7k-steps-xor", "delta", "no_recipe", "for which there is no rule here"),
+        ("OpenAssistant/oasst-rlhf-2-llama-30b-7k-steps-xor", "delta", "no_recipe", "byte by byte (XOR)"),
     ):
         sides = {"base": base, "delta": delta}
         sides[role] = in_cache(tmp_path / role, repo, sides[role])

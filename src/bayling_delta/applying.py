@@ -29,6 +29,7 @@ from bayling_delta.identifying import (
     Identity,
     files_worth_a_digest,
     identify,
+    identify_by_name,
     look_up,
     pairing_notes,
     pairing_problems,
@@ -78,7 +79,9 @@ class _Prepared:
     """Whether the user chose the recipe."""
 
 
-def plan_apply(base: Path, delta: Path, out: Path, **options: Any) -> Plan:
+def plan_apply(
+    base: Path, delta: Path, out: Path, *, registry: Sequence[Path] = (), allow: Collection[str] = (), **options: Any
+) -> Plan:
     """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
 
     The options are those of `apply` that decide what the plan is. Of an id of the Hub, weights that are not in its
@@ -87,20 +90,29 @@ def plan_apply(base: Path, delta: Path, out: Path, **options: Any) -> Plan:
     Raises:
         BaylingDeltaError: with everything that can be seen to be wrong.
     """
+    known = load_releases(registry)
+    _refuse_by_name(base, delta, out, known, allow)
     base, delta = local_copies([base, delta], fetch=False)
-    return _prepare(base, delta, out, **options).plan
+    return _prepare(base, delta, out, known, allow=allow, **options).plan
+
+
+def _refuse_by_name(base: Path, delta: Path, out: Path, registry: Registry, allow: Collection[str]) -> None:
+    """Refuse what ids of the Hub and places in its cache say enough of, before a fetch of many gigabytes."""
+    by_name = [identify_by_name(path, registry) for path in (base, delta)]
+    if problems := pairing_problems(base, by_name[0], delta, by_name[1], registry):
+        refuse([*problems, *output_problems(out, 0)], allow)
 
 
 def _prepare(
     base: Path,
     delta: Path,
     out: Path,
+    known: Registry,
     *,
     recipe: str | None = None,
     dtype: str | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
-    registry: Sequence[Path] = (),
     check_inputs: bool = False,
     require_recorded: bool = False,
     allow: Collection[str] = (),
@@ -108,7 +120,6 @@ def _prepare(
     progress: Progress | None = None,
 ) -> _Prepared:
     """Open, recognise and judge both inputs, choose the recipe, and plan their sum."""
-    known = load_releases(registry)
     paths = {"base": base, "delta": delta}
     problems: list[Problem] = []
     inputs: dict[str, Checkpoint] = {}
@@ -134,9 +145,8 @@ def _prepare(
             identities[role] = records.identity
             problems += records.problems
             problems += _unrecorded_problems(inputs[role], records) if require_recorded else []
-    problems += pairing_problems(
-        inputs["base"], identities["base"], inputs["delta"], identities["delta"], known
-    ) + sign_problems(looks["base"], identities["delta"], known)
+    problems += pairing_problems(base, identities["base"], delta, identities["delta"], known)
+    problems += sign_problems(inputs["base"], looks["base"], identities["delta"], known)
     chosen = PLAIN
     with _collected(problems):
         chosen = _choose_recipe(recipe, identities["delta"], delta)
@@ -144,7 +154,7 @@ def _prepare(
     problems += suspicions
     with _collected(problems):
         problems += companions.check(inputs["delta"], identities["delta"].release if identities["delta"] else None)
-    if any(problem.kind == "size" for problem in problems):
+    if any(problem.kind in ("size", "quantised") for problem in problems):
         refuse(problems, allow)  # every tensor differs, for this one reason
     plan = make_plan(
         inputs["base"],
@@ -281,16 +291,18 @@ def apply(
         ValueError: ``expect`` is not a SHA-256.
     """
     wanted = parse_digest(expect) if expect is not None else None
+    known = load_releases(registry)
+    _refuse_by_name(base, delta, out, known, allow)
     base, delta = local_copies([base, delta], also=output_problems(out, 0), tell=tell)
     prepared = _prepare(
         base,
         delta,
         out,
+        known,
         recipe=recipe,
         dtype=dtype,
         max_shard_size=max_shard_size,
         memory_limit=memory_limit,
-        registry=registry,
         check_inputs=check_inputs,
         require_recorded=require_recorded,
         allow=allow,
@@ -346,7 +358,7 @@ def _result_problems(
     """What only the finished run can show."""
     plan, base, delta = prepared.plan, records["base"], records["delta"]
     problems = [*outcome.damage, *input_problems(plan, outcome), *base.problems, *delta.problems]
-    problems += pairing_problems(plan.base, base.identity, plan.delta, delta.identity, prepared.registry)
+    problems += pairing_problems(plan.base.path, base.identity, plan.delta.path, delta.identity, prepared.registry)
     if not prepared.recipe_named:
         problems += recipe_problems(plan.delta, delta.identity, plan.recipe)
     if require_recorded:

@@ -315,9 +315,10 @@ def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, Tensor
         return []
     absent = sorted(name for name in set(expected) - refs.keys() if not is_rotary_buffer(name))
     stray = sorted(name for name in refs.keys() - set(expected) if not is_rotary_buffer(name))
+    advice = "is one of them stale? Download both again"
     return [
-        *(Problem("index", str(shard), f"lacks {name}, which the index places here; stale?") for name in absent),
-        *(Problem("index", str(shard), f"has {name}, which the index does not place here; stale?") for name in stray),
+        *(Problem("index", str(shard), f"lacks {name}, which the index places here; {advice}") for name in absent),
+        *(Problem("index", str(shard), f"has {name}, which the index does not place here; {advice}") for name in stray),
     ]
 
 

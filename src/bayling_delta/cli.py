@@ -40,6 +40,13 @@ EXIT_CODES: Final[dict[type[BaylingDeltaError], int]] = {
     OutputError: 6,
 }
 _DTYPES: Final = {TORCH_NAMES[dtype]: dtype for dtype in FLOATS}
+_OF_THE_SCRIPTS: Final = {
+    "--base-model-path": "--base",
+    "--delta-path": "--delta",
+    "--target-model-path": "--out",
+    "--target": "--out",
+}
+"""Options of the published apply_delta.py, and what they are called here."""
 _LOG_SECONDS: Final = 15
 """Between two lines of progress where there is no terminal."""
 
@@ -491,9 +498,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = done.exit_code
     except click.ClickException as error:
         code = 2
+        message = error.format_message()
+        if isinstance(error, click.NoSuchOption) and error.option_name in _OF_THE_SCRIPTS:
+            message += f" The published script's {error.option_name} is {_OF_THE_SCRIPTS[error.option_name]} here."
         hint = f"\nTry '{' '.join(['bayling-delta', command][: 1 + (command in commands.commands)])} --help'."
-        text = report.readable(f"error: {error.format_message()}") + hint
-        _fail(report.usage_document(command, "usage", error.format_message()), text, as_json)
+        text = report.readable(f"error: {message}") + hint
+        _fail(report.usage_document(command, "usage", message), text, as_json)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -132,6 +132,7 @@ KINDS: dict[str, Kind] = {
     "shape": Kind(MismatchError, "base and delta disagree about a tensor's shape"),
     "heads": Kind(MismatchError, "a base in Meta's format and the delta's config.json disagree about the heads"),
     "dtype": Kind(MismatchError, "a dtype that the recipe cannot add"),
+    "quantised": Kind(MismatchError, "quantised weights, to which no delta can be added"),
     "recipe": Kind(MismatchError, "base and delta fit together by another recipe"),
     "no_recipe": Kind(MismatchError, "a release that is combined with its base by no rule that is known here"),
     "wrong_base": Kind(MismatchError, "the base is another than the one that the delta was made against", allow=True),

@@ -78,7 +78,10 @@ def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
         problems.append(Problem("output_place", str(target.parent), message))
         return problems
     if free < needed_bytes:
-        message = f"has {free / 1e9:,.1f} GB free, the output needs {needed_bytes / 1e9:,.1f} GB"
+        message = (
+            f"has {free / 1e9:,.2f} GB free, the output needs {needed_bytes / 1e9:,.2f} GB; "
+            "make room, or choose another place"
+        )
         problems.append(Problem("disk_space", str(target.parent), message))
     return problems
 

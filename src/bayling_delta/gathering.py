@@ -21,7 +21,7 @@ from bayling_delta.sources import Source, open_source
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import DTYPES, TensorRef, View
 
-__all__ = ["Seen", "Tile", "block_bytes", "elements_digest", "read_elements", "tiles"]
+__all__ = ["Seen", "Tile", "block_bytes", "elements_digest", "read_elements", "tile_memory", "tiles"]
 
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Elements are moved, not interpreted: what counts is their size."""
@@ -63,18 +63,24 @@ class Tile:
             _copy_joined(target, self.values, start // item_bytes)
 
 
-def tiles(sources: Mapping[Path, Source], ref: TensorRef, tile_bytes: int, seen: Seen | None = None) -> Iterator[Tile]:
-    """Yield the tensor in row-major order, at most ``tile_bytes`` at a time. A tile is valid until the next.
+def tile_memory(tile_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory for tiles of so many bytes, at an address that direct I/O takes."""
+    memory = np.empty(tile_bytes + ALIGNMENT, np.uint8)
+    lead = -memory.ctypes.data % ALIGNMENT
+    return memory[lead : lead + tile_bytes]
 
-    ``sources`` are the files of its views, open. They may be direct ones where the tensor lies in blocks
-    (`block_bytes`) of which one, and two times `ALIGNMENT` for each view, fit into ``tile_bytes``; ``seen`` is
-    then given every byte of the tensor once.
+
+def tiles(sources: Mapping[Path, Source], ref: TensorRef, memory: Array, seen: Seen | None = None) -> Iterator[Tile]:
+    """Yield the tensor in row-major order, as much at a time as ``memory`` holds, which is one element or more.
+
+    A tile is valid until the next. ``sources`` are the files of its views, open. They may be direct ones where the
+    tensor lies in blocks (`block_bytes`) of which one, and two times `ALIGNMENT` for each view, fit into ``memory``;
+    ``seen`` is then given every byte of the tensor once.
 
     Raises:
         CheckpointError: a file ends before the tensor does, or cannot be read.
     """
     item_bytes = DTYPES[ref.dtype]
-    memory = _aligned(max(item_bytes, tile_bytes))
     load = _Loader(sources, item_bytes, seen)
     # A direct read begins and ends on the grid, before and after what is wanted.
     around = 2 * ALIGNMENT if any(sources[view.file].direct for view in ref.views) else 0
@@ -111,13 +117,6 @@ def _one_after_another(views: Sequence[View], load: "_Loader", memory: Array, el
 
 def _row(view: View, row: int, item_bytes: int) -> View:
     return View(view.file, view.offset + row * view.steps[0] * item_bytes, view.shape[1:], view.steps[1:])
-
-
-def _aligned(size: int) -> npt.NDArray[np.uint8]:
-    """Memory at an address that direct I/O takes."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    lead = -memory.ctypes.data % ALIGNMENT
-    return memory[lead : lead + size]
 
 
 def block_bytes(ref: TensorRef) -> int:
@@ -185,7 +184,7 @@ def elements_digest(ref: TensorRef) -> bytes:
     part = bytearray(_DIGESTED)
     with ExitStack() as stack:
         sources = {path: stack.enter_context(open_source(path)) for path in {view.file for view in ref.views}}
-        for tile in tiles(sources, ref, _DIGESTED) if ref.elements else ():
+        for tile in tiles(sources, ref, tile_memory(_DIGESTED)) if ref.elements else ():
             here = memoryview(part)[: tile.nbytes]
             tile.copy(here, 0)
             digest.update(here)

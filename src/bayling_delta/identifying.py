@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayling_delta.checkpoint import Checkpoint
+from bayling_delta.checkpoint import Checkpoint, directory_of
 from bayling_delta.downloads import expected_sha256, origin, record_source
 from bayling_delta.engine import Digests
 from bayling_delta.errors import NoRecordError, Problem
 from bayling_delta.expectations import Expectation, ExpectedFile
+from bayling_delta.hub import parse_id
 from bayling_delta.looking import Look
 from bayling_delta.recipes import Recipe
 from bayling_delta.release_entry import Form, Release
 from bayling_delta.releases import Record, Registry, accepted_sha256
+from bayling_delta.sources import exists
 
 __all__ = [
     "FileRecords",
@@ -25,6 +27,7 @@ __all__ = [
     "expectation_of",
     "files_worth_a_digest",
     "identify",
+    "identify_by_name",
     "look_up",
     "pairing_notes",
     "pairing_problems",
@@ -50,13 +53,25 @@ class Identity:
 # before the run
 
 
+def identify_by_name(path: Path, registry: Registry) -> Identity | None:
+    """Recognise an id of the Hub, or a place in its cache, before anything is fetched or opened."""
+    if found := origin(directory_of(path)):
+        repo, by = found.repo, f"its place in the Hub's cache, {found.repo}"
+    elif not exists(path) and (hub_id := parse_id(path)):
+        repo, by = hub_id.repo, f"its id on the Hub, {hub_id.repo}"
+    else:
+        return None
+    release = registry.find(repo)
+    if release is None:
+        return None
+    forms = tuple(form for form in release.forms if repo.lower() in map(str.lower, form.hub))
+    return Identity(release, forms or release.forms, by)
+
+
 def identify(checkpoint: Checkpoint, look: Look, registry: Registry) -> Identity | None:
     """Recognise a checkpoint without reading more of it than ``look`` has."""
-    found = origin(checkpoint.directory)
-    release = registry.find(found.repo) if found else None
-    if found and release:
-        forms = tuple(form for form in release.forms if found.repo.lower() in map(str.lower, form.hub))
-        return Identity(release, forms or release.forms, f"its place in the Hub's cache, {found.repo}")
+    if named := identify_by_name(checkpoint.directory, registry):
+        return named
     return _by_small_tensors(look, registry)
 
 
@@ -93,23 +108,27 @@ def files_worth_a_digest(checkpoint: Checkpoint, identity: Identity | None, regi
 
 
 def pairing_problems(
-    base: Checkpoint, base_identity: Identity | None, delta: Checkpoint, delta_identity: Identity | None,
-    registry: Registry,
-) -> list[Problem]:  # fmt: skip
-    """What recognised inputs say against their being added."""
+    base: Path, base_identity: Identity | None, delta: Path, delta_identity: Identity | None, registry: Registry
+) -> list[Problem]:
+    """What recognised inputs, of which the paths are told, say against their being added."""
     problems: list[Problem] = []
     if base_identity and base_identity.release.kind == "delta":
         message = f"is {base_identity}, which is a delta, and a base is a whole model"
-        problems.append(Problem("looks_like_delta", str(base.path), message))
+        if base_identity.release.bases:
+            message += f"; give {_bases(base_identity, registry)} instead, and this as the delta"
+        problems.append(Problem("looks_like_delta", str(base), message))
     if delta_identity and delta_identity.release.kind in ("full", "base"):
-        message = f"is {delta_identity}: these are whole weights already, and nothing needs to be added to them"
-        problems.append(Problem("looks_like_model", str(delta.path), message))
+        message = f"is {delta_identity}: full weights already, with nothing to apply; use them as they are"
+        problems.append(Problem("looks_like_model", str(delta), message))
     if delta_identity and (
         delta_identity.release.kind in ("xor", "other")
         or (delta_identity.release.kind == "delta" and delta_identity.release.recipe is None)
     ):
-        message = f"is {delta_identity}, for which there is no rule here; see 'bayling-delta releases"
-        problems.append(Problem("no_recipe", str(delta.path), f"{message} {delta_identity.release.name}'"))
+        why = "for which there is no rule here"
+        if delta_identity.release.kind == "xor":
+            why = "whose files are combined with the base's byte by byte (XOR), which only the publisher's script does"
+        message = f"is {delta_identity}, {why}; see 'bayling-delta releases {delta_identity.release.name}'"
+        problems.append(Problem("no_recipe", str(delta), message))
     if (
         base_identity
         and delta_identity
@@ -117,10 +136,8 @@ def pairing_problems(
         and delta_identity.release.bases
         and not registry.fits(base_identity.release, delta_identity.release)
     ):
-        message = (
-            f"is {base_identity}; {delta_identity.release.title} was made against {_bases(delta_identity, registry)}"
-        )
-        problems.append(Problem("wrong_base", str(base.path), message))
+        message = f"is {base_identity}; {_made_against(delta_identity, registry)}; give that as the base"
+        problems.append(Problem("wrong_base", str(base), message))
     return problems
 
 
@@ -131,6 +148,10 @@ def pairing_notes(base: Checkpoint, base_identity: Identity | None, delta: Ident
         return []
     what = "a full model" if kind == "full" else "a model's files to be combined by XOR"
     return [f"{base.path}: {base_identity} is {what}, not a known base; is it the one that you mean?"]
+
+
+def _made_against(delta: Identity, registry: Registry) -> str:
+    return f"{delta.release.title} was made against {_bases(delta, registry)}"
 
 
 def _bases(delta: Identity, registry: Registry) -> str:
@@ -147,18 +168,23 @@ def recipe_problems(delta: Checkpoint, identity: Identity | None, recipe: Recipe
     return [Problem("recipe", str(delta.path), message)]
 
 
-def sign_problems(look: Look, delta: Identity | None, registry: Registry) -> list[Problem]:
+def sign_problems(base: Checkpoint, look: Look, delta: Identity | None, registry: Registry) -> list[Problem]:
     """Signs that a base is not the one that a known delta was made against; they can be overruled."""
     known = [release for name in delta.release.bases if (release := registry.find(name))] if delta else []
     if delta is None or not known:
         return []
-    problems: list[Problem] = []
-    for odd in look.odd:
-        against = f"{odd['message']}. {delta.release.title} was made against {_bases(delta, registry)}"
-        if odd["kind"] == "bfloat16" and all(release.weights and release.weights.dtype == "F16" for release in known):
-            problems.append(Problem("bfloat16", odd["where"], against))
-        if odd["kind"] == "generation":
-            problems.append(Problem("wrong_base", odd["where"], against))
+    made = _made_against(delta, registry)
+    problems = [
+        Problem("wrong_base", odd["where"], f"{odd['message']}. {made}; give that as the base")
+        for odd in look.odd
+        if odd["kind"] == "generation"
+    ]
+    if all(release.weights and release.weights.dtype == "F16" for release in known):
+        rounded = [(odd["where"], odd["message"]) for odd in look.odd if odd["kind"] == "bfloat16"]
+        if not rounded and any(ref.dtype == "BF16" for ref in base.weights.values()):
+            rounded = [(str(base.path), "has weights that are stored as BF16, which has 3 bits less than float16")]
+        advice = f"{made}, in float16; give Meta's own files, or a conversion that kept them so"
+        problems += [Problem("bfloat16", where, f"{message}. {advice}") for where, message in rounded]
     return problems
 
 
@@ -184,8 +210,8 @@ def look_up(
 ) -> FileRecords:
     """Look the digests of a checkpoint's weight files up, as far as they were taken.
 
-    A file that is on no record proves
-    nothing, unless the release is known, by name or by a file beside it, and has another digest for this very file.
+    A file that is on no record proves nothing, unless the release is known, by name or by a file beside it, and has
+    another digest for this very file.
     """
     names = [file.path.name for file in checkpoint.files]
     found = {name: _recorded(name, digests, registry) for name in names}

@@ -32,6 +32,7 @@ __all__ = [
     "small_file_entry",
     "sums_text",
     "to_json",
+    "verification_texts",
     "weights_digest",
 ]
 
@@ -150,3 +151,26 @@ def to_json(document: Mapping[str, Any]) -> str:
     json.dump(document, text, indent=2, ensure_ascii=False)  # in parts: dumps would hold them all at once
     # A lone surrogate, from a file name that is not UTF-8, has no encoding, but JSON has an escape for it.
     return text.getvalue().encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def verification_texts(manifest: Mapping[str, Any]) -> list[str]:
+    """What was compared, and what that proves: a sentence for each input, and one for the result."""
+    entries = manifest["verification"]
+    texts: list[str] = []
+    complete = True
+    for role, side in manifest["inputs"].items():
+        files = [f"{role}: {file['name']}" for file in side["files"]]
+        matched = [name for name in files if any(e["what"] == name and e["outcome"] == "match" for e in entries)]
+        complete = complete and len(matched) == len(files)
+        known = f", {side['name']}" if side["name"] else ""
+        count = {0: "none", len(files): "all"}.get(len(matched), str(len(matched)))
+        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record")
+    texts += [
+        f"{entry['what']}: as {entry['source']}"
+        for entry in entries
+        if entry["outcome"] == "match" and ": " not in entry["what"]
+    ]
+    if not any(entry["outcome"] == "match" for entry in entries if entry["what"] == RESULT):
+        reason = "the inputs are the published ones, and the sum is deterministic: " if complete else ""
+        texts.append(f"{RESULT} is on no record; {reason}compare it with another person's")
+    return texts

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from bayling_delta.companions import CHAT_TEMPLATE
-from bayling_delta.manifest import RESULT
+from bayling_delta.manifest import verification_texts
 from bayling_delta.recipes import RECIPES
 from bayling_delta.release_entry import Release
 from bayling_delta.tensors import TORCH_NAMES
 
-__all__ = ["model_card", "verification_texts"]
+__all__ = ["model_card"]
 
 _WEIGHTS_ON_16_GB: Final = 14_000_000_000
 """Bytes of weights that leave room on a GPU of 16 GB for a context of 2,048 tokens, 1 to 2 GB with LLaMA's sizes."""
@@ -124,29 +124,6 @@ def _input_text(role: str, side: Mapping[str, Any]) -> str:
         digest = f"SHA-256 `{file['sha256']}`" if file["sha256"] else "digested by tensor"
         lines.append(f"- `{file['name']}`, {file['size']:,} bytes, {digest}")
     return "\n".join(lines)
-
-
-def verification_texts(manifest: Mapping[str, Any]) -> list[str]:
-    """What was compared, and what that proves: a sentence for each input, and one for the result."""
-    entries = manifest["verification"]
-    texts: list[str] = []
-    complete = True
-    for role, side in manifest["inputs"].items():
-        files = [f"{role}: {file['name']}" for file in side["files"]]
-        matched = [name for name in files if any(e["what"] == name and e["outcome"] == "match" for e in entries)]
-        complete = complete and len(matched) == len(files)
-        known = f", {side['name']}" if side["name"] else ""
-        count = {0: "none", len(files): "all"}.get(len(matched), str(len(matched)))
-        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record")
-    texts += [
-        f"{entry['what']}: as {entry['source']}"
-        for entry in entries
-        if entry["outcome"] == "match" and ": " not in entry["what"]
-    ]
-    if not any(entry["outcome"] == "match" for entry in entries if entry["what"] == RESULT):
-        reason = "the inputs are the published ones, and the sum is deterministic: " if complete else ""
-        texts.append(f"{RESULT} is on no record; {reason}compare it with another person's")
-    return texts
 
 
 def _needs_eight_bit(result: Mapping[str, Any]) -> bool:

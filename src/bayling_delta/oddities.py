@@ -152,7 +152,8 @@ def _llama(facts: Facts) -> Iterator[Odd]:
         signs.append("max_position_embeddings 4,096")
     if config.get("rms_norm_eps") == 1e-5 and config.get("hidden_size") != 8192:  # LLaMA-1 65B has it too
         signs.append("rms_norm_eps 1e-05")
-    if signs and facts.by_config["vocab_size"] in range(32000, 32064):
+    words = facts.by_config["vocab_size"] or facts.by_shapes["vocab_size"]  # Meta's params.json does not say it
+    if signs and words in range(32000, 32064):
         what = f"says {' and '.join(signs)}, which suggests Llama-2; LLaMA-1, which the deltas of 2023 add to, has"
         yield _odd("generation", facts.config_path, f"{what} 2,048 and 1e-06")
 

@@ -28,8 +28,13 @@ def pair_problems(base: Checkpoint, delta: Checkpoint, recipe: Recipe) -> list[P
     base_weights, delta_weights = base.weights, delta.weights
     problems = [*_problems(base, base_weights, delta, delta_weights, recipe), *_head_problems(base, delta)]
     kinds = {problem.kind for problem in problems}
-    if "dtype" in kinds or not kinds & {"shape", "missing_tensor"}:
+    if kinds & {"dtype", "vocabulary"} or not kinds & {"shape", "missing_tensor"}:
         return problems
+    rows = {name: ref.shape[0] for name, ref in delta_weights.items() if name in _GROWING and len(ref.shape) == 2}
+    if len(set(rows.values())) > 1:  # shards of two releases, as in lm-sys/FastChat#510: no recipe makes up for that
+        shown = " and ".join(f"{count:,} in {name}" for name, count in rows.items())
+        what = f"has rows for different vocabularies, {shown}; are its files of one release? Download it again"
+        return [*problems, Problem("shape", str(delta.path), what)]
     fitting = [
         other.name
         for other in RECIPES.values()
@@ -71,7 +76,8 @@ def _problems(
     if recipe.rows == "zero" and len(rows) == 2 and rows[0] == rows[1] != ():
         # The published script would set rows to zero that it did not add: FastChat 0.1.10, apply_delta.py.
         what = f"has {rows[0][0]:,} rows on both sides, and {recipe.name} adds rows to the base: was one added before?"
-        yield Problem("vocabulary", EMBEDDING, f"{what} Give the base as it was published")
+        advice = "Give the base as it was published, or the release's recipe with --recipe"
+        yield Problem("vocabulary", EMBEDDING, f"{what} {advice}")
 
 
 def _may_grow(name: str, left: TensorRef, right: TensorRef, recipe: Recipe) -> bool:

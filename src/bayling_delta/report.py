@@ -7,8 +7,7 @@ from textwrap import wrap
 from typing import Any, Final
 
 from bayling_delta.errors import BaylingDeltaError, Problem
-from bayling_delta.manifest import to_json
-from bayling_delta.model_card import verification_texts
+from bayling_delta.manifest import to_json, verification_texts
 
 __all__ = [
     "applied_text",

@@ -315,7 +315,8 @@ class _Machine:
         if name in _UNSUPPORTED_DTYPES:
             raise PickleError(f"{name}: tensors of this dtype are not read here", unsupported=True)
         if name != _ORDERED_DICT and name not in _REBUILD and name not in _STORAGES:
-            raise PickleError(f"{name} is not something that a plain state dict needs; nothing was run", unsafe=True)
+            what = f"{name} is not something that a plain state dict needs; nothing was run"
+            raise PickleError(f"{what}. Get the weights from their publisher, or in safetensors", unsafe=True)
         self.stack.append(name)
 
     def storage(self) -> None:

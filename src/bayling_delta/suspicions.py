@@ -42,6 +42,9 @@ def suspect(base: Checkpoint, base_look: Look, delta: Checkpoint, delta_look: Lo
     problems += _other_size(base, base_look, delta_look)
     for side, look in (("base", base_look), ("delta", delta_look)):
         problems += [
+            Problem("quantised", odd["where"], odd["message"]) for odd in look.odd if odd["kind"] == "quantised"
+        ]
+        problems += [
             Problem("non_finite", f"{odd['where']} of the {side}", odd["message"])
             for odd in look.odd
             if odd["kind"] == "non_finite"
@@ -76,7 +79,7 @@ def _other_size(base: Checkpoint, base_look: Look, delta_look: Look) -> list[Pro
             return []
     here, other = (f"{shown['num_hidden_layers']} layers of {shown['hidden_size']:,}" for shown in sizes)
     message = f"has {here}, and the delta has {other}: they are of models of different sizes"
-    return [Problem("size", str(base.path), message)]
+    return [Problem("size", str(base.path), f"{message}; give the base of the delta's size")]
 
 
 def _already_rebuilt(base: Checkpoint) -> list[Problem]:

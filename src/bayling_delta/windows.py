@@ -11,7 +11,7 @@ from typing import Any
 
 from bayling_delta.crew import Station
 from bayling_delta.errors import CheckpointError
-from bayling_delta.gathering import Seen, tiles
+from bayling_delta.gathering import Seen, tile_memory, tiles
 from bayling_delta.plan import OutputFile
 from bayling_delta.reads import Gather, Mark, ReadList, Span
 from bayling_delta.sources import Source, changed, open_fastest, open_source
@@ -162,7 +162,7 @@ class Reader:
         self.reads = reads
         self.records = RecordChecker(reads)
         self._stamps = stamps
-        self._tile_bytes = tile_bytes
+        self._tile_memory = tile_memory(tile_bytes)
         self._direct = direct
         self._sources: dict[Path, Source] = {}
         self._open = ExitStack()
@@ -218,7 +218,7 @@ class Reader:
     def _gather(self, gather: Gather, window: Window) -> Generator[None, Window, Window]:
         files = [view.file for view in gather.ref.views]
         sources = self._enter(files, window.buffer if self._direct and gather.block > 0 else None)
-        for tile in tiles(sources, gather.ref, self._tile_bytes, self._seen(gather)):
+        for tile in tiles(sources, gather.ref, self._tile_memory, self._seen(gather)):
             for start in range(0, tile.nbytes, len(window.buffer)):
                 count = min(len(window.buffer), tile.nbytes - start)
                 tile.copy(window.buffer[:count], start)
