@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from bayling_delta.checkpoint import EMBEDDING, HEAD, is_rotary_buffer
 from bayling_delta.gathering import read_elements
 from bayling_delta.sources import open_source
-from bayling_delta.tensors import FLOATS, TensorRef, row_major
+from bayling_delta.tensors import DTYPES, FLOATS, TensorRef, row_major
 
 __all__ = ["Sample", "by_kind", "is_norm", "take_samples"]
 
@@ -27,6 +28,8 @@ _ROWS: Final = 8
 _ROW_ELEMENTS: Final = 512
 
 _Item = TypeVar("_Item")
+_Ranges = list[tuple[int, int]]
+"""Of a tensor's elements in row-major order: (the first, how many)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +98,25 @@ def take_samples(
             others += [name for name in known if len(tensors[name].shape) < 2 and not is_norm(name, tensors[name])]
             large += _spread([name for name in known if len(tensors[name].shape) > 1], 2)  # from different depths
     ends = [name for name in large if name in (EMBEDDING, HEAD)]
+    small = [(name, _whole(tensors[name])) for name in (*_spread(norms, _NORMS), *_spread(others, _OTHER_SMALL))]
+    rows = [(name, _rows(tensors[name])) for name in dict.fromkeys((*_spread(large, _LARGE), *ends))]
+    _begin_reading([(tensors[name], ranges) for name, ranges in (*small, *rows)])
     return (
-        [
-            _read(name, tensors[name], _whole(tensors[name]))
-            for name in (*_spread(norms, _NORMS), *_spread(others, _OTHER_SMALL))
-        ],
-        [_read(name, tensors[name], _rows(tensors[name])) for name in dict.fromkeys((*_spread(large, _LARGE), *ends))],
+        [_read(name, tensors[name], ranges) for name, ranges in small],
+        [_read(name, tensors[name], ranges) for name, ranges in rows],
     )
+
+
+def _begin_reading(wanted: Iterable[tuple[TensorRef, _Ranges]]) -> None:
+    """Have the system read what will be sampled, as far as it lies as it is indexed, while the first are waited for."""
+    places: dict[Path, list[tuple[int, int]]] = {}
+    for ref, ranges in wanted:
+        if ref.in_order and len(ref.views) == 1:
+            (view,), size = ref.views, DTYPES[ref.dtype]
+            places.setdefault(view.file, []).extend((view.offset + first * size, n * size) for first, n in ranges)
+    for path, here in places.items():
+        with open_source(path) as source:
+            source.expect(here)
 
 
 def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
@@ -111,18 +126,18 @@ def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
     return [items[(2 * place + 1) * len(items) // (2 * most)] for place in range(most)]
 
 
-def _whole(ref: TensorRef) -> list[tuple[int, int]]:
-    """The beginning of a small tensor, as (first element, elements) in row-major order."""
+def _whole(ref: TensorRef) -> _Ranges:
+    """The beginning of a small tensor."""
     return [(0, min(ref.elements, _SMALL_ELEMENTS))]
 
 
-def _rows(ref: TensorRef) -> list[tuple[int, int]]:
+def _rows(ref: TensorRef) -> _Ranges:
     """The beginnings of some rows."""
     stride = row_major(ref.shape)[0]
     return [(row * stride, min(ref.shape[-1], _ROW_ELEMENTS)) for row in _spread(range(ref.shape[0]), _ROWS)]
 
 
-def _read(name: str, ref: TensorRef, ranges: Iterable[tuple[int, int]]) -> Sample:
+def _read(name: str, ref: TensorRef, ranges: _Ranges) -> Sample:
     with ExitStack() as stack:
         sources = {path: stack.enter_context(open_source(path)) for path in {view.file for view in ref.views}}
         return Sample(name, ref.dtype, np.concatenate([read_elements(sources, ref, *part) for part in ranges]))

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,12 @@ class Source:
         if not same:
             raise CheckpointError(changed(self.path))
         return True
+
+    def expect(self, places: Iterable[tuple[int, int]]) -> None:
+        """Begin to read these short ranges, (offset, length), so that the disk need not be waited for at each."""
+        with _reported(self.path):
+            for offset, length in places:
+                system.calls.advise_soon(self.handle, offset, length)
 
     def forget(self, offset: int) -> None:
         """Give the page cache's copy of what lies before ``offset`` back, now and then."""

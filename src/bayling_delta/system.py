@@ -71,6 +71,10 @@ class System:
         """Tell the page cache that reads will go forward."""
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
+    def advise_soon(self, handle: int, offset: int, length: int) -> None:
+        """Tell the page cache to begin reading these bytes; does not wait for them."""
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_WILLNEED)
+
     def drop_cached(self, handle: int, offset: int, length: int) -> None:
         """Tell the page cache that these bytes will not be needed again."""
         os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
@@ -164,6 +168,9 @@ class PortableSystem(System):
         pass
 
     def advise_sequential(self, handle: int) -> None:
+        pass
+
+    def advise_soon(self, handle: int, offset: int, length: int) -> None:
         pass
 
     def drop_cached(self, handle: int, offset: int, length: int) -> None:

@@ -51,15 +51,17 @@ def read_records(source: Source) -> dict[str, Record]:
     directory = read_bytes(source, start, size)
     if len(directory) < size or count * _CENTRAL.size > size:
         raise _damaged(path, "its zip directory does not fit the file")
-    records: dict[str, Record] = {}
+    claimed: dict[str, tuple[int, Record]] = {}
     position = 0
     for _ in range(count):
         header_offset, record, position = _central_entry(path, directory, position)
-        if record.name in records:
+        if record.name in claimed:
             raise _damaged(path, f"its zip directory has {record.name!r} twice")
-        records[record.name] = _place(source, header_offset, record, limit=start)
+        claimed[record.name] = header_offset, record
     if position != size:
         raise _damaged(path, "its zip directory has bytes after its last entry")
+    source.expect((offset, _local_bytes(name)) for name, (offset, _) in claimed.items() if offset < start)
+    records = {name: _place(source, offset, record, limit=start) for name, (offset, record) in claimed.items()}
     end = 0
     for record in sorted(records.values(), key=lambda record: record.offset):
         if record.size and record.offset < end:
@@ -153,10 +155,15 @@ def _zip64(path: Path, name: str, extra: bytes, values: tuple[int, int, int]) ->
     raise _damaged(path, f"record {name!r} lacks its zip64 sizes")
 
 
+def _local_bytes(name: str) -> int:
+    """Enough for a record's local header and what is looked at after it."""
+    return _LOCAL.size + 2 * len(name.encode()) + 64
+
+
 def _place(source: Source, header_offset: int, record: Record, limit: int) -> Record:
     """Check the record's local header, which alone says where its data starts, and return the record placed."""
     path, name = source.path, record.name
-    head = read_bytes(source, header_offset, _LOCAL.size + 2 * len(name.encode()) + 64)
+    head = read_bytes(source, header_offset, _local_bytes(name))
     if len(head) < _LOCAL.size or not head.startswith(b"PK\x03\x04"):
         raise _damaged(path, f"record {name!r} is not where the zip directory says")
     _, _, flags, method, _, _, _, packed, size, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
