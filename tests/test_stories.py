@@ -176,6 +176,7 @@ def fetched(side: str, repo: str) -> Make:
 BAYLING = fetched("delta", "ICTNLP/bayling-7b-diff")
 VICUNA_V0 = fetched("delta", "lmsys/vicuna-13b-delta-v0")
 VICUNA_V1_1 = fetched("delta", "lmsys/vicuna-7b-delta-v1.1")
+LLAVA_V0_WORDS = write("delta/added_tokens.json", b'{"<im_patch>": 32000, "<im_end>": 32002, "[PAD]": 32003}')
 LLAVA = fetched("delta", "liuhaotian/LLaVA-13b-delta-v0")
 LLAVA_7B = fetched("delta", "liuhaotian/LLaVA-Lightning-7B-delta-v1-1")
 
@@ -274,9 +275,8 @@ REFUSED: list[Story] = [
         ("has 32,001 rows on both sides", "was one added before? Give the base as it was published"),
         thread="the [-0:] of lm-sys/FastChat 0.1.10, apply_delta.py"),
     Story("a tokenizer with one word more than rows",
-        both(grown("delta", 3, more=PROJECTOR),
-            write("delta/added_tokens.json", b'{"<im_patch>": 32000, "<im_end>": 32002, "[PAD]": 32003}')),
-        4, "tokenizer", ("knows 32,004 tokens", "32,003 rows", "--allow tokenizer"), f"{APPLY} --recipe llava",
+        both(grown("delta", 3, more=PROJECTOR), LLAVA_V0_WORDS), 4, "tokenizer",
+        ("knows 32,004 tokens", "32,003 rows", "--allow tokenizer"), f"{APPLY} --recipe llava",
         thread="haotian-liu/LLaVA#54, the tokenizer of LLaVA v0"),
     # another base or delta
     Story("Llama-2 for LLaMA-1", both(state("base", llama_base, config=LLAMA_2), BAYLING), 4, "wrong_base",
@@ -453,8 +453,9 @@ TOLD: list[Story] = [
     Story("32001 words, of a release that is known", both(grown("delta"), VICUNA_V0), 0, "",
         ('"recipe": "vicuna-v0"', "(by its place in the Hub's cache, lmsys/vicuna-13b-delta-v0)"),
         thread="Vision-CAIR/MiniGPT-4#132"),
-    Story("32003 words, of a release that is known", both(grown("delta", 3, more=PROJECTOR), LLAVA), 0, "",
-        ('"recipe": "llava"',), thread="haotian-liu/LLaVA#54"),
+    Story("32003 words and the tokenizer of v0, of a release that is known",
+        both(grown("delta", 3, more=PROJECTOR), LLAVA_V0_WORDS, LLAVA), 0, "",
+        ('"recipe": "llava"', "knows 32,004 tokens", "was published so ([PAD])"), thread="haotian-liu/LLaVA#54"),
     Story("the delta run as a model", nothing, 0, "",
         ('"looks_like": "delta"', "a delta's lie around zero, a full model's are clearly positive"), "inspect delta",
         thread="lm-sys/FastChat#890, Vision-CAIR/MiniGPT-4#12, #33"),

@@ -153,7 +153,9 @@ def _prepare(
     suspicions, notes = suspect(inputs["base"], looks["base"], inputs["delta"], looks["delta"])
     problems += suspicions
     with _collected(problems):
-        problems += companions.check(inputs["delta"], identities["delta"].release if identities["delta"] else None)
+        beside, told = companions.check(inputs["delta"], identities["delta"].release if identities["delta"] else None)
+        problems += beside
+        notes += told
     if any(problem.kind in ("size", "quantised") for problem in problems):
         refuse(problems, allow)  # every tensor differs, for this one reason
     plan = make_plan(
@@ -175,10 +177,10 @@ def _prepare(
         also=problems,
         allowed=allow,
     )
-    told = [f"{checkpoint.path}: is {identities[role]}" for role, checkpoint in inputs.items() if identities[role]]
-    told += pairing_notes(inputs["base"], identities["base"], identities["delta"])
+    known_as = [f"{checkpoint.path}: is {identities[role]}" for role, checkpoint in inputs.items() if identities[role]]
+    known_as += pairing_notes(inputs["base"], identities["base"], identities["delta"])
     return _Prepared(
-        replace(plan, notes=(*told, *plan.notes, *notes)), known, identities, recipe_named=recipe is not None
+        replace(plan, notes=(*known_as, *plan.notes, *notes)), known, identities, recipe_named=recipe is not None
     )
 
 

@@ -79,10 +79,11 @@ def foreign_files(checkpoint: Checkpoint) -> list[str]:
 # before the run
 
 
-def check(delta: Checkpoint, release: Release | None = None) -> list[Problem]:
+def check(delta: Checkpoint, release: Release | None = None) -> tuple[list[Problem], list[str]]:
     """What is wrong with the files beside a delta's weights: unreadable, something else, a tokenizer that is too large.
 
-    ``release`` is what the delta is, where that is known. config.json was read when the delta was opened.
+    Also what is only to be told: a tokenizer that is too large as the release's is. ``release`` is what the delta
+    is, where that is known. config.json was read when the delta was opened.
 
     Raises:
         CheckpointError: the system cannot read a file.
@@ -95,7 +96,13 @@ def check(delta: Checkpoint, release: Release | None = None) -> list[Problem]:
                 _check_file(delta.directory / name)
             except CheckpointError as error:
                 problems += error.problems
-    return problems + _tokens_without_rows(delta, tokens, release)
+    embedding = delta.tensors.get(EMBEDDING)
+    if tokens is None or embedding is None or len(embedding.shape) != 2 or tokens <= embedding.shape[0]:
+        return problems, []
+    too_many = f"its tokenizer {too_many_tokens(tokens, embedding.shape[0])}"
+    if release and release.tokenizer and release.tokenizer.tokens == tokens:
+        return problems, [f"{delta.path}: {too_many}; {_published_so(release, embedding.shape[0])}"]
+    return [*problems, Problem("tokenizer", str(delta.directory), too_many)], []
 
 
 def _check_file(path: Path) -> None:
@@ -110,18 +117,11 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(replace(problem, kind="not_weights"))
 
 
-def _tokens_without_rows(delta: Checkpoint, tokens: int | None, release: Release | None) -> list[Problem]:
-    """The finding that a tokenizer knows tokens past the embedding's end, and whether the release is known for it."""
-    embedding = delta.tensors.get(EMBEDDING)
-    if tokens is None or embedding is None or len(embedding.shape) != 2 or tokens <= embedding.shape[0]:
-        return []
-    message = f"its tokenizer {too_many_tokens(tokens, embedding.shape[0])}"
-    tokenizer = release.tokenizer if release else None
-    if release and tokenizer and tokenizer.tokens == tokens:
-        added = [token for token, number in tokenizer.added.items() if number >= embedding.shape[0]]
-        which = f" ({', '.join(added)})" if added else ""
-        message += f". {release.title}, was published so{which}; the model works as long as no text has such a token"
-    return [Problem("tokenizer", str(delta.directory), message)]
+def _published_so(release: Release, rows: int) -> str:
+    added = release.tokenizer.added if release.tokenizer else {}
+    names = ", ".join(token for token, number in added.items() if number >= rows)
+    which = f" ({names})" if names else ""
+    return f"{release.title}, was published so{which}, and works as long as no text has such a token"
 
 
 # when the result is written
