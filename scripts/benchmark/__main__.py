@@ -73,12 +73,13 @@ def _measuring(tables: Callable[[_Runs], str]) -> Callable[[Callable[..., None]]
             cold: str,
             memory_guard: float | None,
             time_guard: float,
+            rest: float,
             json_file: Path | None,
             **options: Any,
         ) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             guard = Guard(int(memory_guard * 1e9) if memory_guard else available_bytes() * 9 // 10, time_guard)
-            session = Session(directory.resolve(), Peers(_ROOT / ".bench-env-peers"), cold, guard, _command())
+            session = Session(directory.resolve(), Peers(_ROOT / ".bench-env-peers"), cold, guard, _command(), rest)
             try:
                 command(session, **options)
             except TooLittleDiskError as error:
@@ -106,6 +107,13 @@ _OPTIONS: Final = (
         type=click.FloatRange(0.01),
         metavar="GB",
         help="End what takes more memory, mapped files not counted.  [default: 90 % of what is available]",
+    ),
+    click.option(
+        "--rest",
+        type=click.FloatRange(0),
+        default=2.0,
+        show_default=True,
+        help="Seconds before each run, in which the disk is done with the one before.",
     ),
     click.option(
         "--cold",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,8 @@ class Session:
     guard: Guard
     command: str
     """How the benchmark was called."""
+    rest_seconds: float = 0.0
+    """Before each run: what the one before it wrote and removed may keep the disk busy for a while."""
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -127,6 +130,7 @@ class Session:
             place = Place(pair, work, scratch / "result", scratch / "report.json", scratch, self.peers)
             job, inputs = contender.job(place), files_of(contender.inputs(pair))
             taken: dict[str, Any] = {"cold": chill(inputs, self.cold), "cached_share": cached_share(inputs)}
+            time.sleep(self.rest_seconds)
             measured = measure(job, self.guard, self.directory / "last", look)
             taken |= asdict(measured)
             del taken["output"]

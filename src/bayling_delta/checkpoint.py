@@ -46,6 +46,7 @@ __all__ = [
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+_ROTARY: Final = ".rotary_emb.inv_freq"
 JSON_CAP: Final = 100_000_000
 """Bytes of an index, configuration, tokenizer or manifest that are read; far above any real one."""
 
@@ -101,13 +102,15 @@ class Checkpoint:
     @property
     def weights(self) -> dict[str, TensorRef]:
         """The tensors that count: without rotary buffers, and without a tied lm_head.weight."""
-        left_out = {HEAD} if self.tied and EMBEDDING in self.tensors else set()
-        return {name: ref for name, ref in self.tensors.items() if name not in left_out and not is_rotary_buffer(name)}
+        weights = {name: ref for name, ref in self.tensors.items() if not name.endswith(_ROTARY)}
+        if self.tied and EMBEDDING in weights:
+            weights.pop(HEAD, None)
+        return weights
 
 
 def is_rotary_buffer(name: str) -> bool:
     """Whether a tensor is a rotary frequency table: computed on loading, stored until transformers 4.31."""
-    return name.endswith(".rotary_emb.inv_freq")
+    return name.endswith(_ROTARY)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

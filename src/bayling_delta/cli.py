@@ -487,7 +487,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
-    gc.set_threshold(200_000, 50, 1000)  # headers become many small objects, none of them in cycles
+    gc.set_threshold(2_000_000, 50, 1000)  # headers become many small objects, none of them in cycles
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy begins threads as it is imported; nothing here uses them
     try:
         commands.main(words, prog_name="bayling-delta", standalone_mode=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, pairwise, takewhile
 from operator import attrgetter
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from bayling_delta.checkpoint import Checkpoint
 from bayling_delta.gathering import block_bytes
@@ -32,9 +32,8 @@ _LEAST_TILE: Final = 64 << 10
 """Bytes in which any tensor can be put into order, if need be run by run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A range of a file that a digest or checksum covers."""
+class Mark(NamedTuple):
+    """A range of a file that a digest or checksum covers. There may be 100,000, and a tuple is made fastest."""
 
     key: str
     start: int
@@ -196,16 +195,23 @@ def _later(wanted: Iterable[tuple[str, TensorRef]]) -> dict[str, TensorRef]:
     later: dict[str, TensorRef] = {}
     for name, ref in wanted:
         ends = reached.copy() if len(ref.views) > 1 else reached
-        met = ref.in_order
-        for view in ref.views if met else ():
-            met = met and view.offset >= ends.get(view.file, 0)
-            if met:
-                ends[view.file] = view.offset + view.elements * DTYPES[ref.dtype]
-        if met:
+        if _meets(ref, ends):
             reached = ends
         else:
             later[name] = ref
     return later
+
+
+def _meets(ref: TensorRef, ends: dict[Path, int]) -> bool:
+    """Whether a pass forward that has come so far in each file meets a tensor in order; it comes further then."""
+    if not ref.in_order:
+        return False
+    width = DTYPES[ref.dtype]
+    for view in ref.views:
+        if view.offset < ends.get(view.file, 0):
+            return False
+        ends[view.file] = view.offset + view.elements * width
+    return True
 
 
 def _whole_files(checkpoint: Checkpoint, wanted: Sequence[_Stretch], *, digest_tensors: bool) -> Iterator[Span]:
@@ -217,8 +223,8 @@ def _whole_files(checkpoint: Checkpoint, wanted: Sequence[_Stretch], *, digest_t
     for place, (path, mark) in enumerate(wanted):
         if digest_tensors:
             marks.append(mark)
-        if place + 1 < len(wanted) and wanted[place + 1][0] == path:
-            continue
+        if place + 1 < len(wanted) and (wanted[place + 1][0] is path or wanted[place + 1][0] == path):
+            continue  # paths are slow to compare, and mostly one and the same
         # The file is left here: for good, with all that it still has, or until the order comes back to it.
         file = files[path]
         stop = file.size if last[path] == place else mark.stop

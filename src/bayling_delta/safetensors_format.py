@@ -48,19 +48,18 @@ def parse(source: Source) -> dict[str, TensorRef]:
         raise _damaged(path, "__metadata__ is not a table of strings")
 
     start = 8 + length
-    refs = {name: _entry(path, start, name, entry) for name, entry in entries.items()}
+    in_order = sorted(_entry(path, start, name, entry) for name, entry in entries.items())
     position = start
-    in_order = sorted((ref.views[0].offset, ref.nbytes, name) for name, ref in refs.items())
-    for offset, nbytes, name in in_order:
-        if offset != position:
-            wrong = "overlaps the tensor before it" if offset < position else "leaves a hole before it"
+    for begin, end, name, _ in in_order:
+        if begin != position:
+            wrong = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             raise _damaged(path, f"{name} {wrong}")
-        position += nbytes
+        position = end
     if source.size < position:
         raise _short(path, source.size, position)
     if source.size > position:
         raise _damaged(path, f"has {source.size - position:,} bytes after its last tensor")
-    return {name: refs[name] for _, _, name in in_order}
+    return {name: ref for _, _, name, ref in in_order}
 
 
 def _load_header(path: Path, text: bytes) -> dict[str, Any]:
@@ -73,8 +72,8 @@ def _load_header(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _entry(path: Path, start: int, name: str, entry: Any) -> TensorRef:
-    """One tensor's reference; ``start`` is where the data begin."""
+def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[int, int, str, TensorRef]:
+    """Where in the file one tensor begins and ends, its name and its reference; ``start`` is where the data begin."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(path, f"{name} lacks one of dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -88,10 +87,11 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> TensorRef:
         raise _damaged(path, f"{name} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{name} has the data_offsets {str(offsets)[:80]}, which are not a range")
-    ref = one_view(path, start + offsets[0], dtype, tuple(shape))
-    if ref.nbytes != offsets[1] - offsets[0]:
-        raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {offsets[1] - offsets[0]:,}")
-    return ref
+    begin, end = offsets
+    ref = one_view(path, start + begin, dtype, tuple(shape))
+    if ref.nbytes != end - begin:
+        raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {end - begin:,}")
+    return start + begin, start + end, name, ref
 
 
 def _counts(values: object) -> bool:
