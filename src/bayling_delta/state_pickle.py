@@ -134,16 +134,14 @@ class _Machine:
     def run(self) -> object:
         if self._take(2) != b"\x80\x02":
             raise PickleError("the pickle is not of protocol 2, which PyTorch writes", unsupported=True)
-        while True:
-            at = self.position
-            code = self._take(1)[0]
-            if code == 0x2E:  # STOP
-                break
-            instruction = _INSTRUCTIONS.get(code)
+        stack, instructions = self.stack, _INSTRUCTIONS  # there are some 30 instructions for each tensor
+        while (code := self._byte()) != 0x2E:  # STOP
+            instruction = instructions.get(code)
             if instruction is None:
+                at = self.position - 1
                 raise PickleError(f"instruction {_opcode_name(code)} at byte {at}: no state dict needs it", unsafe=True)
             instruction(self)
-            if len(self.stack) > _STACK_CAP:
+            if len(stack) > _STACK_CAP:
                 raise PickleError("the pickle piles up more objects than a state dict needs")
         if len(self.stack) != 1 or self.position != len(self.pickle):
             raise PickleError("the pickle does not end with one object")
@@ -158,8 +156,20 @@ class _Machine:
         self.position += count
         return data
 
+    def _byte(self) -> int:
+        position = self.position
+        if position == len(self.pickle):
+            raise PickleError("the pickle ends in the middle of an instruction")
+        self.position = position + 1
+        return self.pickle[position]
+
     def _number(self, form: struct.Struct) -> int:
-        number: int = form.unpack(self._take(form.size))[0]
+        start = self.position
+        end = start + form.size
+        if end > len(self.pickle):
+            raise PickleError("the pickle ends in the middle of an instruction")
+        self.position = end
+        number: int = form.unpack_from(self.pickle, start)[0]
         return number
 
     def _line(self) -> str:
@@ -210,13 +220,13 @@ class _Machine:
         self.stack.append(_FLOAT8.unpack(self._take(8))[0])
 
     def uint1(self) -> None:
-        self.stack.append(self._number(_UINT1))
+        self.stack.append(self._byte())
 
     def uint2(self) -> None:
         self.stack.append(self._number(_UINT2))
 
     def long1(self) -> None:
-        length = self._number(_UINT1)
+        length = self._byte()
         if length > 9:
             raise PickleError("the pickle has a number of more than 64 bits")
         self.stack.append(int.from_bytes(self._take(length), "little", signed=True))
@@ -227,7 +237,7 @@ class _Machine:
     # the memo
 
     def put1(self) -> None:
-        self._put(self._number(_UINT1))
+        self._put(self._byte())
 
     def put4(self) -> None:
         self._put(self._number(_UINT4))
@@ -238,7 +248,7 @@ class _Machine:
         self.memo[index] = self.stack[-1]
 
     def get1(self) -> None:
-        self._get(self._number(_UINT1))
+        self._get(self._byte())
 
     def get4(self) -> None:
         self._get(self._number(_UINT4))
@@ -382,7 +392,7 @@ def _opcode_name(code: int) -> str:
     return opcode.name if opcode else f"0x{code:02x}"
 
 
-_UINT1, _UINT2, _UINT4, _INT4 = (struct.Struct(form) for form in ("<B", "<H", "<I", "<i"))
+_UINT2, _UINT4, _INT4 = (struct.Struct(form) for form in ("<H", "<I", "<i"))
 
 _FLOAT8 = struct.Struct(">d")
 _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
