@@ -157,9 +157,12 @@ def test_sizes(text: str, size: int) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from bayling_delta import system
 from bayling_delta.cli import main
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # a shell's background job, or nohup, has some ignored
 
 class Slow(system.System):
     def write_from(self, handle, view, offset):

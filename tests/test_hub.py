@@ -397,7 +397,10 @@ def test_without_the_hub_and_without_a_cache(hub: Hub, tmp_path: Path, monkeypat
     with pytest.raises(CheckpointError) as error:
         apply(BASE, DELTA, tmp_path / "out")
     assert kinds(error) == ["network", "network"]
-    what = "is no file or directory here, not in the Hub's cache, and HF_HUB_OFFLINE forbids asking the Hub"
+    what = (
+        "is no file or directory here: is it spelled right? As an id of the Hub it is not in the cache, "
+        "and HF_HUB_OFFLINE forbids asking the Hub"
+    )
     assert str(error.value.problems[0]) == f"{BASE}: {what}"
     assert hub.requests == []
 

@@ -144,7 +144,8 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 _recipe = click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
-    help="How the delta is added, by the release's rule. [default: what the delta's manifest says, else plain]",
+    help="How the delta is added, by a release's rule. [default: that of the release recognised, or of the delta's "
+    "manifest, else plain]",
 )
 
 
@@ -174,10 +175,14 @@ def _working(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add: cpu, cuda, cuda:N.")
 @click.option("--expect", type=Digest(), metavar="DIGEST", help="Fail unless the result has this weights digest.")
 @_registry
-@click.option("--check-inputs", is_flag=True, help="Digest base and delta before anything is written.")
-@click.option("--require-recorded", is_flag=True, help="Fail unless every weight file of them is on record.")
+@click.option(
+    "--check-inputs", is_flag=True, help="Digest base and delta, and look them up, before anything is written."
+)
+@click.option("--require-recorded", is_flag=True, help="Fail unless every weight file of base and delta is on record.")
 @click.option("--allow", multiple=True, type=_ALLOWABLE, help="Overrule a refusal of this kind. Repeatable.")
-@click.option("--dry-run", is_flag=True, help="Check everything that can be checked, show the plan, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check all that needs no digest and no sum, show the plan, write nothing."
+)
 @_working
 @_common
 def apply(
@@ -202,9 +207,10 @@ def apply(
     """Rebuild a model: add a delta to its base, as a HuggingFace directory.
 
     BASE and DELTA are directories with weights in safetensors or PyTorch's .bin files, one such file, a shard
-    index, or ids of the HuggingFace Hub, OWNER/NAME[@REVISION], which are fetched into its cache. Everything that can
-    be refused is refused before the first byte is written; the output appears under its name only when it is
-    complete. What is computed is, bit for bit, what the published script computes.
+    index, folders in Meta's own format (consolidated.*.pth), or ids of the HuggingFace Hub, OWNER/NAME[@REVISION],
+    which are fetched into its cache. Everything that can be refused is refused before the first byte is written; the
+    output appears under its name only when it is complete. What is computed is, bit for bit, what the published
+    script computes.
 
     \b
     Examples:
@@ -227,6 +233,10 @@ def apply(
         "threads": threads,
     }
     if dry_run:
+        applying.additions_on(device)
+        unchecked = [("--expect", expect), ("--require-recorded", require_recorded and not check_inputs)]
+        if (tell := _note(quiet)) and (names := [name for name, given in unchecked if given]):
+            tell(f"{' and '.join(names)}: needs digests, and is not checked by --dry-run")
         with _progress("check", quiet) as progress:
             plan = applying.plan_apply(base, delta, out, **options, progress=progress)
         document = applying.plan_document(plan)
@@ -244,7 +254,11 @@ def apply(
 @click.option("--base", type=_PATH, help="With --delta: make the sum anew, and compare every element.")
 @click.option("--delta", type=_PATH, help="With --base.")
 @_recipe
-@click.option("--dtype", type=click.Choice(sorted(_DTYPES)), help="What the sum was cast to, if no manifest says so.")
+@click.option(
+    "--dtype",
+    type=click.Choice(sorted(_DTYPES)),
+    help="What the sum was cast to. [default: what the manifest beside MODEL says]",
+)
 @click.option("--load", is_flag=True, help="Also load it with transformers, and have it say a few words.")
 @click.option("--load-in-8bit", "eight_bit", is_flag=True, help="The same in 8 bit, where bitsandbytes is installed.")
 @click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add and load: cpu, cuda.")
@@ -272,7 +286,8 @@ def verify(
     Without options, MODEL is compared with the manifest and the SHA256SUMS beside its weights: every tensor and
     every file. Whatever is damaged or missing is named, and so are weights that do not belong there. Exits 0 only
     if something was compared and matched. What the HuggingFace Hub said of files that came from there is compared
-    too; MODEL may be an id of it, OWNER/NAME[@REVISION].
+    too; MODEL may be an id of it, OWNER/NAME[@REVISION]. With --against, weights alone are compared, not
+    configuration and tokenizer.
 
     \b
     Examples:
@@ -319,7 +334,7 @@ def record(model: Path, output: Path | None, memory_limit: int, threads: int, as
 
     The manifest has the digest of every tensor and file, and the weights digest, which is the same for everyone who
     has these weights, in whatever container and sharding. It goes to stdout, or to the file that -o names.
-    MODEL may also be an id of the HuggingFace Hub, OWNER/NAME[@REVISION].
+    MODEL may also be an id of the HuggingFace Hub, OWNER/NAME[@REVISION]. With -o, --json prints the manifest too.
 
     \b
     Examples:

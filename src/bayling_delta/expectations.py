@@ -257,11 +257,11 @@ def differences(
     tensor is in; ``files`` are the files found, by name.
     """
     problems = list(_file_differences(expected, model, files)) or _mixture(expected, model, files)
-    if tensors is not None and expected.tensors is not None:
-        problems += _tensor_differences(expected, expected.tensors, model, tensors, places)
     if tensors is not None and expected.weights_digest not in (None, found := weights_digest(tensors.values())):
         what = f"its weights digest is {found}; {expected.source} says {expected.weights_digest}"
         problems.append(Problem("digest", str(model), what))
+    if tensors is not None and expected.tensors is not None:
+        problems += _tensor_differences(expected, expected.tensors, model, tensors, places)
     return problems
 
 

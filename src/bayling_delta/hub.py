@@ -41,6 +41,7 @@ _FILE_SUFFIXES: Final = (".safetensors", ".bin", ".json", ".pth", ".pt", ".gguf"
 _RECORDS: Final = (MANIFEST_NAME, SUMS_NAME)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LATER: Final = "; run again later"
 _LOGIN: Final = "run 'hf auth login', or set HF_TOKEN"
 
 
@@ -158,9 +159,13 @@ def _look_up(ids: Sequence[HubId], also: Sequence[Problem], tell: Tell | None) -
             elif cached := _cached(hub_id, problem.message):
                 snapshots.append(cached)
                 if tell:
-                    tell(f"{_commit_text(cached)} is taken from the Hub's cache: {problem.message}")
+                    why = problem.message.removesuffix(_LATER)
+                    tell(f"{_commit_text(cached)} is taken from the Hub's cache: {why}")
             else:
-                what = f"is no file or directory here, not in the Hub's cache, and {problem.message}"
+                what = (
+                    "is no file or directory here: is it spelled right? As an id of the Hub it is not in the cache, "
+                    f"and {problem.message}"
+                )
                 problems.append(replace(problem, message=what))
     refuse(problems)
     return snapshots
@@ -398,7 +403,7 @@ def _problem(hub_id: HubId, error: BaseException) -> Problem:
         kind, message = "changed", f"is not there, though {_host()} listed it a moment ago; run again"
     elif status is not None:
         what = "asks to come back later" if status == 429 else "has a fault"
-        kind, message = "network", f"{_host()} {what} (HTTP {status}); run again later"
+        kind, message = "network", f"{_host()} {what} (HTTP {status}){_LATER}"
     elif isinstance(error, OSError) and (error.filename is not None or error.errno in (*_NO_ROOM, errno.EIO)):
         kind = "disk_space" if error.errno in _NO_ROOM else "write"
         reason = error.strerror or "unknown"
@@ -406,7 +411,7 @@ def _problem(hub_id: HubId, error: BaseException) -> Problem:
     elif type(error) is OSError:  # huggingface_hub's own, of a download that it found too short or too long
         kind, message = "incomplete", f"came with another size than {_host()} said; run again"
     else:
-        kind, message = "network", f"{_host()} cannot be reached as a Hub ({type(error).__name__}); run again later"
+        kind, message = "network", f"{_host()} cannot be reached as a Hub ({type(error).__name__}){_LATER}"
     return Problem(kind, hub_id.text, message)
 
 

@@ -16,6 +16,7 @@ from bayling_delta.errors import NoRecordError, Problem
 from bayling_delta.expectations import Expectation, ExpectedFile
 from bayling_delta.hub import parse_id
 from bayling_delta.looking import Look
+from bayling_delta.manifest import OF_THE_HUB
 from bayling_delta.recipes import Recipe
 from bayling_delta.release_entry import Form, Release
 from bayling_delta.releases import Record, Registry, accepted_sha256
@@ -266,7 +267,7 @@ def _matches(
 ) -> Iterator[tuple[str | None, str | None]]:
     """What a file's digest was held against and found the same: (what it is, where that is recorded)."""
     if sha256 is not None and expected_sha256(checkpoint.directory / name) == sha256:
-        yield "the SHA-256 that the Hub had for it", record_source(checkpoint.directory)
+        yield OF_THE_HUB, record_source(checkpoint.directory)
     for record in records:
         cited = "; ".join(record.release.sources[key] for key in record.file.source or record.form.source)
         yield f"{record.release.title}: {record.file.name}", cited

@@ -21,6 +21,7 @@ from bayling_delta.errors import Problem, UsageError
 __all__ = [
     "CHECKLIST_NAME",
     "MANIFEST_NAME",
+    "OF_THE_HUB",
     "RESULT",
     "SUMS_NAME",
     "TensorDigest",
@@ -40,6 +41,8 @@ MANIFEST_NAME: Final = "bayling-delta.json"
 SUMS_NAME: Final = "SHA256SUMS"
 RESULT: Final = "the result's weights digest"
 """How ``verification`` names it."""
+OF_THE_HUB: Final = "the SHA-256 that the Hub had for it"
+"""How ``verification`` names a digest that came with a download, of whatever repository."""
 CHECKLIST_NAME: Final = "checklist.chk"
 """What Meta calls the list of the MD5 of a model's files."""
 
@@ -159,12 +162,15 @@ def verification_texts(manifest: Mapping[str, Any]) -> list[str]:
     texts: list[str] = []
     complete = True
     for role, side in manifest["inputs"].items():
-        files = [f"{role}: {file['name']}" for file in side["files"]]
-        matched = [name for name in files if any(e["what"] == name and e["outcome"] == "match" for e in entries)]
-        complete = complete and len(matched) == len(files)
+        files = {f"{role}: {file['name']}" for file in side["files"]}
+        matched = [entry for entry in entries if entry["what"] in files and entry["outcome"] == "match"]
+        of_hub = {entry["what"] for entry in matched if entry["against"] == OF_THE_HUB}
+        of_releases = {entry["what"] for entry in matched if entry["against"] != OF_THE_HUB}
+        complete = complete and len(of_releases) == len(files)
         known = f", {side['name']}" if side["name"] else ""
-        count = {0: "none", len(files): "all"}.get(len(matched), str(len(matched)))
-        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record")
+        count = {0: "none", len(files): "all"}.get(len(of_releases), str(len(of_releases)))
+        as_fetched = f", {len(of_hub)} as the Hub has them" if of_hub else ""
+        texts.append(f"{role}{known}: {count} of {len(files)} weight files on record of a release{as_fetched}")
     texts += [
         f"{entry['what']}: as {entry['source']}"
         for entry in entries

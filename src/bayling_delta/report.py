@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _MOST_PROBLEMS: Final = 20
+_MANY_PLACES: Final = 4
 _MOST_FILES: Final = 12
 _MOST_KINDS: Final = 40
 _FEW_FILES: Final = 4
@@ -49,17 +50,33 @@ def readable(text: str) -> str:
 
 def failure_text(error: BaylingDeltaError) -> str:
     """One line a problem, the place first; long lists are cut. At the end, how to overrule what can be."""
-    problems = [readable(str(problem)) for problem in error.problems[:_MOST_PROBLEMS]]
+    told = _grouped(error.problems)
+    problems = [readable(text) for text in told[:_MOST_PROBLEMS]]
     allow = "".join(
         f" --allow {kind}" for kind in sorted({problem.kind for problem in error.problems if problem.allow})
     )
     advice = [f"To go on all the same:{allow}"] if allow else []
-    if len(error.problems) == 1:
+    if len(told) == 1:
         return "\n".join([f"error: {problems[0]}", *advice])
     lines = [f"error: {len(error.problems)} problems", *(f"  {problem}" for problem in problems)]
-    if len(error.problems) > _MOST_PROBLEMS:
-        lines.append(f"  … and {len(error.problems) - _MOST_PROBLEMS} more; --json lists all of them")
+    if len(told) > _MOST_PROBLEMS:
+        lines.append(f"  … and {len(told) - _MOST_PROBLEMS} more; --json lists all of them")
     return "\n".join([*lines, *advice])
+
+
+def _grouped(problems: Sequence[Problem]) -> list[str]:
+    """Problems as text; those that are said alike of many places in one line, where the first of them was."""
+    places: dict[str, list[str]] = {}
+    for problem in problems:
+        places.setdefault(problem.message, []).append(problem.where)
+    texts: list[str] = []
+    for problem in problems:
+        here = places[problem.message]
+        if len(here) < _MANY_PLACES:
+            texts.append(str(problem))
+        else:
+            texts.append(f"{here[0]}, {here[1]} and {len(here) - 2:,} more: {problem.message}")
+    return list(dict.fromkeys(texts))
 
 
 def failure_document(command: str, error: BaylingDeltaError) -> dict[str, Any]:

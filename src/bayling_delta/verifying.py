@@ -1,5 +1,6 @@
 """Check a model against what is recorded of it, or against the sum of a base and a delta made anew."""
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,7 +30,7 @@ from bayling_delta.identifying import expectation_of
 from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.recording import Found, digest_model
-from bayling_delta.releases import load_releases
+from bayling_delta.releases import Registry, load_releases
 from bayling_delta.sources import exists, is_directory
 
 __all__ = ["verify"]
@@ -129,16 +130,30 @@ def _expectations(model: Path, against: str | None, registry: Sequence[Path]) ->
         return [Expectation("--against", parse_digest(against))]
     path = Path(against)
     manifest = path / MANIFEST_NAME if is_directory(path) else path
-    if exists(manifest):
-        return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
     known = load_releases(registry)
     release = known.find(against)
+    if release is not None and release.name == against.lower():
+        # As a release, even where a directory has its name: that may be the model's own, which proves nothing.
+        return [expectation_of(release, open_checkpoint(model))]
+    if exists(manifest):
+        return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
     if release is None:
-        alike = known.suggestions(against)
-        advice = f"; did you mean the release {' or '.join(alike)}?" if alike else ""
-        message = f"is neither a weights digest, nor a manifest's file, nor a directory with one, nor a release{advice}"
-        raise CheckpointError(Problem("not_found", against[:80], message))
+        raise CheckpointError(Problem("not_found", against[:80], _no_record_named(against, path, known)))
     return [expectation_of(release, open_checkpoint(model))]
+
+
+def _no_record_named(against: str, path: Path, known: Registry) -> str:
+    """Why there is nothing to compare with, by the likeliest of what was meant."""
+    if is_directory(path):
+        return f"has no {MANIFEST_NAME}; 'bayling-delta record {against[:80]}' makes one of a model"
+    digits = against.lower().removeprefix("sha256:")
+    if len(digits) > 8 and re.fullmatch("[0-9a-f]+", digits):
+        return f"has {len(digits)} hexadecimal digits; a weights digest has 64"
+    if path.suffix == ".json" or len(path.parts) > 1:
+        return "is no file or directory here: is it spelled right?"
+    alike = known.suggestions(against)
+    advice = f"; did you mean the release {' or '.join(alike)}?" if alike else ""
+    return f"is neither a weights digest, nor a manifest's file, nor a directory with one, nor a release{advice}"
 
 
 def _comparison(expected: Expectation) -> dict[str, Any]:
