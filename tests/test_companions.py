@@ -17,14 +17,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayling_delta import Release, apply, applying, load_releases, system
+from bayling_delta import Release, apply, applying, load_releases, system, verify
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint, open_checkpoint
 from bayling_delta.companions import COPIED, Companion, check, collect
-from bayling_delta.errors import CheckpointError
+from bayling_delta.errors import CheckpointError, MismatchError
 from bayling_delta.identifying import Identity
 from bayling_delta.manifest import to_json
 from bayling_delta.model_card import model_card
-from tests.pairs import CONFIG, StateDict, llama, save
+from bayling_delta.system import System
+from tests.meta import PLAIN, random_model, save_meta
+from tests.pairs import CONFIG, StateDict, llama, load, save
 from tests.test_releases import SYSTEM, TALKS, minimal, published_prompt
 
 WORDS = 600
@@ -560,3 +562,69 @@ def test_the_code_of_a_card_runs(
     said: Json = {}
     exec(run, said)
     assert isinstance(said["answer"], str)
+
+
+# what a delta's weights and configuration say of each other
+
+
+def test_a_head_that_is_tied_by_storage_alone_is_said_to_be(tmp_path: Path) -> None:
+    """Without the key transformers would make a LLaMA's head of random numbers."""
+    config = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    for side, scale in (("base", 0.05), ("delta", 0.01)):
+        state = llama(1, scale)
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        save(tmp_path / side, state, config=config)
+    manifest = apply(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    assert "lm_head.weight" not in load(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert any("tie_word_embeddings: added, true" in entry["change"] for entry in manifest["changes"])
+    verify(tmp_path / "out", load=True)
+
+
+def test_a_vocabulary_of_another_size_than_the_embedding_is_set_right(tmp_path: Path) -> None:
+    save(tmp_path / "base", llama(1))
+    save(tmp_path / "delta", llama(2, 0.01), config=CONFIG | {"vocab_size": 32000})
+    manifest = apply(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    assert any("vocab_size: 32000 became 160" in entry["change"] for entry in manifest["changes"])
+    verify(tmp_path / "out", load=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("change", ["changed", "absent", "new"])
+def test_a_file_beside_the_delta_that_changes_during_the_run_is_noticed(tmp_path: Path, name: str, change: str) -> None:
+    save(tmp_path / "base", llama(1))
+    delta = save(tmp_path / "delta", llama(2, 0.01))
+    if change != "new" and name != "config.json":
+        (delta / name).write_text("{}")
+    if (name, change) == ("config.json", "new"):
+        (delta / name).unlink()
+
+    class Changing(System):
+        def rename_new(self, old: Path, new: Path) -> None:  # noqa: ARG002
+            raise AssertionError("it was not noticed")
+
+        def truncate(self, handle: int, size: int) -> None:  # at the end of a weight file
+            if change == "absent":
+                (delta / name).unlink()
+            else:
+                (delta / name).write_text('{"some": "thing else"}')
+            super().truncate(handle, size)
+
+    with system.using(Changing()), pytest.raises(CheckpointError, match="changed while it was being read") as error:
+        apply(tmp_path / "base", delta, tmp_path / "out")
+    assert [problem.where for problem in error.value.problems] == [str(delta / name)]
+
+
+def test_a_config_beside_a_delta_in_metas_format_is_held_against_it(tmp_path: Path) -> None:
+    base = save_meta(tmp_path / "base", random_model(PLAIN, 1), PLAIN, 1)
+    small = {name: tensor - 1 if tensor.ndim == 1 else tensor for name, tensor in random_model(PLAIN, 2).items()}
+    delta = save_meta(tmp_path / "delta", small, PLAIN, 1)
+    (delta / "config.json").write_text(json.dumps({**PLAIN.config, "num_attention_heads": 4}))
+    with pytest.raises(MismatchError, match=r"says num_attention_heads 4; params.json says 16"):
+        apply(base, delta, tmp_path / "out")
+    (delta / "config.json").write_text("garbage")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        apply(base, delta, tmp_path / "out")
+    (delta / "config.json").write_text(json.dumps({**PLAIN.config, "torch_dtype": "bfloat16"}))
+    apply(base, delta, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"

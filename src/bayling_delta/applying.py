@@ -57,7 +57,7 @@ from bayling_delta.reads import ReadList, read_files
 from bayling_delta.recipes import PLAIN, RECIPES, Recipe
 from bayling_delta.releases import Registry, load_releases
 from bayling_delta.sinks import DirectorySink
-from bayling_delta.sources import exists, open_source
+from bayling_delta.sources import changed, exists, open_source
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
@@ -77,6 +77,8 @@ class _Prepared:
     """By role, ``base`` and ``delta``."""
     recipe_named: bool
     """Whether the user chose the recipe."""
+    beside: Mapping[str, tuple[int, int]]
+    """The files beside the delta that go into the result, as they were when they were checked."""
 
 
 def plan_apply(
@@ -121,6 +123,7 @@ def _prepare(
 ) -> _Prepared:
     """Open, recognise and judge both inputs, choose the recipe, and plan their sum."""
     paths = {"base": base, "delta": delta}
+    beside_delta = companions.stamps(directory_of(delta))
     problems: list[Problem] = []
     inputs: dict[str, Checkpoint] = {}
     for role, path in paths.items():
@@ -180,7 +183,7 @@ def _prepare(
     known_as = [f"{checkpoint.path}: is {identities[role]}" for role, checkpoint in inputs.items() if identities[role]]
     known_as += pairing_notes(inputs["base"], identities["base"], identities["delta"])
     return _Prepared(
-        replace(plan, notes=(*known_as, *plan.notes, *notes)), known, identities, recipe_named=recipe is not None
+        replace(plan, notes=(*known_as, *plan.notes, *notes)), known, identities, recipe is not None, beside_delta
     )
 
 
@@ -457,9 +460,17 @@ def _write_down(
             size, sha256 = copy_file(source, directory / companion.name)
         refuse(download_problems(plan.delta.directory, {companion.name: FoundFile(size, sha256)}))
         files.append(file_entry(companion.name, size, sha256))
+    now = companions.stamps(plan.delta.directory)
+    refuse(
+        [
+            changed(plan.delta.directory / name)
+            for name in {**prepared.beside, **now}
+            if prepared.beside.get(name) != now.get(name)
+        ]
+    )
     if len(plan.files) > 1:
         files.append(write("model.safetensors.index.json", _index(plan, placed)))
-    files.append(write("README.md", model_card(manifest, release).encode()))
+    files.append(write("README.md", model_card(manifest, release).encode("utf-8", "backslashreplace")))
     listed = [*files, write(MANIFEST_NAME, to_json(manifest).encode())]
     write(SUMS_NAME, sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode())
     return manifest

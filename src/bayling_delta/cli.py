@@ -439,7 +439,8 @@ def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) ->
 
 def _note(quiet: bool) -> Callable[[str], None] | None:
     def note(text: str) -> None:
-        click.echo(report.readable(f"note: {text}"), err=True)
+        with suppress(OSError):  # what cannot be told is no reason to end a run
+            click.echo(report.readable(f"note: {text}"), err=True)
 
     return None if quiet else note
 
@@ -525,7 +526,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 1
     except OSError as error:  # what happens to files is reported as such by now
         code = 6
-        message = f"standard output cannot be written ({error.strerror})"
+        what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
+        message = f"{what} ({error.strerror})"
         _fail(report.usage_document(command, "output", message), f"error: {message}", as_json)
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         if "--debug" in words:

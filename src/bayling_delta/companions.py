@@ -12,16 +12,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from bayling_delta.checkpoint import EMBEDDING, Checkpoint, read_table, what_instead
+from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint, read_table, what_instead
 from bayling_delta.downloads import mended
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.manifest import to_json
 from bayling_delta.release_entry import Prompt, Release
-from bayling_delta.sources import exists, list_directory, open_source, read_bytes
+from bayling_delta.sources import exists, file_stamp, list_directory, open_source, read_bytes
 from bayling_delta.tensors import TORCH_NAMES
 from bayling_delta.tokenizer_files import TOKENIZER_TABLES, read_tokenizer, too_many_tokens
 
-__all__ = ["CHAT_TEMPLATE", "COPIED", "Companion", "check", "collect", "foreign_files"]
+__all__ = ["CHAT_TEMPLATE", "COPIED", "Companion", "check", "collect", "foreign_files", "stamps"]
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 COPIED: Final = (
@@ -49,6 +49,14 @@ _FITTED: Final = ("generation_config.json", "tokenizer_config.json", "special_to
 _MISNAMED: Final = "LLaMATokenizer"
 """A name in conversions from before transformers had the class."""
 _LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast", _MISNAMED)
+_SIZES: Final = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 _LLAMA_TOKENS: Final = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -76,7 +84,25 @@ def foreign_files(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def _config(delta: Checkpoint) -> dict[str, Any]:
+    """What a delta's config.json says, which beside Meta's format is not what it was opened by; empty without one.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no table.
+    """
+    if delta.config_name == "config.json":
+        return delta.config or {}
+    path = delta.directory / "config.json"
+    return read_table(path) if exists(path) else {}
+
+
 # before the run
+
+
+def stamps(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the files that would be taken over, by name: to see that they stay as they were."""
+    found = {name: file_stamp(directory / name) for name in COPIED}
+    return {name: stamp for name, stamp in found.items() if stamp}
 
 
 def check(delta: Checkpoint, release: Release | None = None) -> tuple[list[Problem], list[str]]:
@@ -96,6 +122,7 @@ def check(delta: Checkpoint, release: Release | None = None) -> tuple[list[Probl
                 _check_file(delta.directory / name)
             except CheckpointError as error:
                 problems += error.problems
+    problems += [problem for problem in _table_problems(delta) if problem not in problems]
     embedding = delta.tensors.get(EMBEDDING)
     if tokens is None or embedding is None or len(embedding.shape) != 2 or tokens <= embedding.shape[0]:
         return problems, []
@@ -103,6 +130,27 @@ def check(delta: Checkpoint, release: Release | None = None) -> tuple[list[Probl
     if release and release.tokenizer and release.tokenizer.tokens == tokens:
         return problems, [f"{delta.path}: {too_many}; {_published_so(release, embedding.shape[0])}"]
     return [*problems, Problem("tokenizer", str(delta.directory), too_many)], []
+
+
+def _table_problems(delta: Checkpoint) -> Iterator[Problem]:
+    """What is wrong with tables that may be written anew, config.json among them."""
+    where = str(delta.directory / "config.json")
+    try:
+        config = _config(delta)
+    except CheckpointError as error:
+        yield from error.problems
+        return
+    if delta.config_name != "config.json":
+        for key, value in (delta.config or {}).items():
+            if key in _SIZES and config and config.get(key) not in (None, value):
+                yield Problem("architecture", where, f"says {key} {config[key]!r}; {delta.config_name} says {value}")
+    for name in ("config.json", *(name for name in _FITTED if exists(delta.directory / name))):
+        try:
+            to_json(config if name == "config.json" else read_table(delta.directory / name))
+        except RecursionError:  # what can be read may nest deeper than what can be written
+            yield Problem("damaged", str(delta.directory / name), "nests too deep")
+        except CheckpointError as error:
+            yield from error.problems
 
 
 def _check_file(path: Path) -> None:
@@ -138,12 +186,12 @@ def collect(delta: Checkpoint, dtype: str, release: Release | None = None) -> li
     """
     paths = {name: delta.directory / name for name in COPIED if exists(delta.directory / name)}
     tables = {name: read_table(paths[name]) if name in paths else {} for name in _FITTED}
-    config = tables["config.json"] = (delta.config or {}) if delta.config_name == "config.json" else {}
+    config = tables["config.json"] = _config(delta)
     tokenizer, special = tables["tokenizer_config.json"], tables["special_tokens_map.json"]
     prompt = release.prompt if release else None
     llama = _llama_file(tokenizer, config, paths)
     edits = {
-        "config.json": _config_edits(config, dtype),
+        "config.json": chain(_config_edits(config, dtype), _shape_edits(config, delta)) if config else (),
         "generation_config.json": _generation_edits(tables["generation_config.json"], config, prompt),
         "tokenizer_config.json": chain(_class_edits(tokenizer, llama), _token_edits(tokenizer, llama, release)),
         "special_tokens_map.json": _token_edits(special, llama, release),
@@ -197,6 +245,16 @@ def _config_edits(config: Mapping[str, Any], dtype: str) -> Iterator[_Edit]:
     origin = config.get("_name_or_path")
     if isinstance(origin, str) and re.match(r"[/\\~.]|[A-Za-z]:", origin):
         yield _Edit("_name_or_path", None, "it was a path of the publisher's machine")
+
+
+def _shape_edits(config: Mapping[str, Any], delta: Checkpoint) -> Iterator[_Edit]:
+    """What the weights say otherwise, and a loader would take from the configuration."""
+    embedding = delta.tensors.get(EMBEDDING)
+    rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else None
+    if rows and type(config.get("vocab_size")) is int and config["vocab_size"] != rows:
+        yield _Edit("vocab_size", rows, "which is what the embedding has")
+    if embedding and HEAD in delta.tensors and delta.tied and config.get("tie_word_embeddings") is not True:
+        yield _Edit("tie_word_embeddings", True, "as the delta stores the head and the embedding as one")
 
 
 def _generation_edits(table: Mapping[str, Any], config: Mapping[str, Any], prompt: Prompt | None) -> Iterator[_Edit]:

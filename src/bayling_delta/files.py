@@ -202,6 +202,10 @@ def write_file(path: Path, data: bytes) -> None:
         try:
             _write_all(handle, data, 0)
             system.calls.sync(handle)
+        except BaseException:
+            with suppress(OSError):
+                system.calls.remove_file(path)  # which this run has made
+            raise
         finally:
             system.calls.close(handle)
 

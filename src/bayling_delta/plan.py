@@ -41,6 +41,8 @@ DEFAULT_MEMORY_LIMIT: Final = 64 << 20
 _LARGEST_CHUNK: Final = 8 << 20
 """One read or write at a time keeps a disk busy only if it is a large one; docs/benchmarks.md has the trial."""
 _SMALLEST_CHUNK: Final = 16 << 10
+_LARGEST_TILE: Final = 256 << 20
+"""More than this makes gathering no faster."""
 
 
 # the output
@@ -313,7 +315,7 @@ def make_budget(limit: int, reads: Sequence[ReadList], *, outputs: int = 0) -> B
     if limit < least:
         message = f"{limit:,} bytes are too few for this plan; the least that works is {-(-least >> 10)}KiB"
         refuse([Problem("memory_limit", "--memory-limit", message)])
-    tile = max(least_tile, limit // 4 // gathering) if gathering else 0
+    tile = max(least_tile, min(_LARGEST_TILE, limit // 4 // gathering)) if gathering else 0
     left = limit - tile * gathering
     chunk = min(_LARGEST_CHUNK, left // (4 * streams) // ALIGNMENT * ALIGNMENT)
     chunk = max(chunk, _SMALLEST_CHUNK)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bayling_delta import companions, engine
-from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint
+from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint, stays_in_directory
 from bayling_delta.copies import copy_problems
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -48,7 +48,14 @@ def record(
     names = (*companions.COPIED, PARAMS_NAME)
     beside = [name for name in names if exists(directory_of(model) / name)]
     found = digest_model(model, beside, memory_limit=memory_limit, threads=threads, progress=progress)
-    refuse([*found.problems, *download_problems(found.checkpoint.directory, found.files)])
+    names_problems = [
+        Problem(
+            "unsafe_name", str(found.checkpoint.directory / name), "has a name that no manifest can have; rename it"
+        )
+        for name in found.files
+        if not stays_in_directory(name)
+    ]
+    refuse([*found.problems, *names_problems, *download_problems(found.checkpoint.directory, found.files)])
     result = result_section((found.tensors or {}).values(), found.places)
     result["files"] = [file_entry(name, file.size, file.sha256) for name, file in found.files.items()]
     head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})

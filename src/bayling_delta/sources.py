@@ -18,8 +18,10 @@ from bayling_delta.system import ALIGNMENT
 
 __all__ = [
     "Source",
+    "changed",
     "exists",
     "file_size",
+    "file_stamp",
     "is_directory",
     "link_target",
     "list_directory",
@@ -210,13 +212,19 @@ def read_file(path: Path, limit: int) -> bytes:
         return read_bytes(source, 0, source.size)
 
 
-def file_size(path: Path) -> int | None:
-    """The size in bytes of a regular file or a link to one; None if there is no such file."""
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a regular file or a link to one, as `Source.stamp`; None if there is no such file."""
     try:
         status = system.calls.stat(path)
     except OSError:
         return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def file_size(path: Path) -> int | None:
+    """The size in bytes of a regular file or a link to one; None if there is no such file."""
+    stamp = file_stamp(path)
+    return stamp[0] if stamp else None
 
 
 def exists(path: Path) -> bool:
