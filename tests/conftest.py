@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -33,3 +34,13 @@ def _signals() -> Iterator[None]:
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line with ``--json`` in this process."""
     return runner(capsys)
+
+
+@pytest.fixture
+def place(tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module's pristine pair, to be spoiled, in the current directory."""
+    from tests.wrong_input import copy_linked
+
+    copy_linked(pristine, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

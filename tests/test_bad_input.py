@@ -51,7 +51,6 @@ from tests.wrong_input import (
     both,
     but,
     copy,
-    copy_linked,
     cut,
     described,
     edit,
@@ -138,14 +137,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_with_large(place / "base", llama(1))
     save_with_large(place / "delta", llama(2, 0.01), container="safetensors")
     return place
-
-
-@pytest.fixture
-def place(tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The pair, to be spoiled, in the current directory."""
-    copy_linked(pristine, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 HEADERS: list[Row] = [

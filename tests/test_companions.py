@@ -390,7 +390,7 @@ KEYS = {
     "tokenizer_config.json": ["tokenizer_class", "add_bos_token", "legacy", "bos_token", "unk_token", "chat_template"],
     "special_tokens_map.json": ["bos_token", "eos_token", "pad_token"],
 }
-STRINGS = st.sampled_from(["llama", "LLaMATokenizer", "LlamaTokenizer", "/root/x", "float16", "bfloat16"])
+STRINGS = st.sampled_from(["llama", "LLaMATokenizer", "LlamaTokenizer", "/home/someone/x", "float16", "bfloat16"])
 ANY = VALUES | STRINGS | st.lists(VALUES, max_size=2) | st.dictionaries(st.sampled_from(["content", "x"]), VALUES)
 
 

@@ -40,7 +40,6 @@ from tests.wrong_input import (
     Row,
     assert_refused_by_headers,
     both,
-    copy_linked,
     cut,
     edit,
     exchange,
@@ -234,14 +233,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_with_large(place / "base", llama_base(), config=LLAMA)
     save_with_large(place / "delta", tuned_minus_base(), config=LLAMA)
     return place
-
-
-@pytest.fixture
-def place(tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The pair, to be spoiled, in the current directory."""
-    copy_linked(pristine, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def weight_bytes(place: Path) -> int:

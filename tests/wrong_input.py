@@ -121,12 +121,18 @@ def both(*makes: Make) -> Make:
     return make
 
 
-def write(name: str, data: bytes) -> Make:
+def instead(name: str, put: Callable[[Path], object]) -> Make:
+    """Have ``put`` make something in the place of a file that may be there."""
+
     def make(place: Path) -> None:
         (place / name).unlink(missing_ok=True)
-        (place / name).write_bytes(data)
+        put(place / name)
 
     return make
+
+
+def write(name: str, data: bytes) -> Make:
+    return instead(name, lambda path: path.write_bytes(data))
 
 
 def remove(pattern: str) -> Make:
@@ -196,27 +202,15 @@ def edit(name: str, change: Callable[[Any], object]) -> Make:
 
 
 def link(name: str, target: str) -> Make:
-    def make(place: Path) -> None:
-        (place / name).unlink(missing_ok=True)
-        (place / name).symlink_to(target)
-
-    return make
+    return instead(name, lambda path: path.symlink_to(target))
 
 
 def pipe(name: str) -> Make:
-    def make(place: Path) -> None:
-        (place / name).unlink(missing_ok=True)
-        os.mkfifo(place / name)
-
-    return make
+    return instead(name, os.mkfifo)
 
 
 def folder(name: str) -> Make:
-    def make(place: Path) -> None:
-        (place / name).unlink(missing_ok=True)
-        (place / name).mkdir()
-
-    return make
+    return instead(name, Path.mkdir)
 
 
 def state(side: str, tensors: Callable[[], StateDict], *, mixed: bool = False, **options: Any) -> Make:

@@ -460,14 +460,8 @@ def _write_down(
             size, sha256 = copy_file(source, directory / companion.name)
         refuse(download_problems(plan.delta.directory, {companion.name: FoundFile(size, sha256)}))
         files.append(file_entry(companion.name, size, sha256))
-    now = companions.stamps(plan.delta.directory)
-    refuse(
-        [
-            changed(plan.delta.directory / name)
-            for name in {**prepared.beside, **now}
-            if prepared.beside.get(name) != now.get(name)
-        ]
-    )
+    others = prepared.beside.items() ^ companions.stamps(plan.delta.directory).items()
+    refuse([changed(plan.delta.directory / name) for name in sorted({name for name, _ in others})])
     if len(plan.files) > 1:
         files.append(write("model.safetensors.index.json", _index(plan, placed)))
     files.append(write("README.md", model_card(manifest, release).encode("utf-8", "backslashreplace")))

@@ -20,7 +20,7 @@ from bayling_delta.manifest import (
     weights_digest,
 )
 from bayling_delta.sources import exists, is_directory, list_directory, read_file
-from bayling_delta.tensors import DTYPES, FLOATS
+from bayling_delta.tensors import DTYPES, FLOATS, RANK_CAP
 
 __all__ = [
     "Expectation",
@@ -135,7 +135,9 @@ def _unplaced(result: Mapping[str, Any], files: Mapping[str, ExpectedFile]) -> s
 
 def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:
     shape, dtype = entry["shape"], entry["dtype"]
-    sizes = isinstance(shape, list) and len(shape) <= 32 and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+    sizes = (
+        isinstance(shape, list) and len(shape) <= RANK_CAP and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+    )
     if not is_plain_name(name) or not sizes or dtype not in DTYPES:
         raise ValueError(f"its tensor {name[:80]!r} is not described as one")
     return TensorDigest(name, dtype, tuple(shape), parse_digest(entry["sha256"]).removeprefix("sha256:"))

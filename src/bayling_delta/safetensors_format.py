@@ -13,15 +13,13 @@ from typing import Any
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.strict_json import load_strict
-from bayling_delta.tensors import DTYPES, TensorRef, one_view
+from bayling_delta.tensors import DTYPES, RANK_CAP, TensorRef, one_view
 
 __all__ = ["lay_out", "parse"]
 
 _HEADER_CAP = 100_000_000
 """Bytes; the reference library's own limit."""
 _TENSOR_CAP = 1_000_000
-_RANK_CAP = 32
-"""Dimensions; the limit of numpy 1, and far above any model's."""
 _NEWER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
@@ -83,7 +81,7 @@ def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[int, int, str
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
-    if not _counts(shape) or len(shape) > _RANK_CAP:
+    if not _counts(shape) or len(shape) > RANK_CAP:
         raise _damaged(path, f"{name} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(path, f"{name} has the data_offsets {str(offsets)[:80]}, which are not a range")

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DTYPES", "FLOATS", "TORCH_NAMES", "TensorRef", "View", "natural_key", "one_view", "row_major"]
+__all__ = ["DTYPES", "FLOATS", "RANK_CAP", "TORCH_NAMES", "TensorRef", "View", "natural_key", "one_view", "row_major"]
 
 DTYPES: dict[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1,
@@ -14,6 +14,9 @@ DTYPES: dict[str, int] = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 """Bytes per element, by the names safetensors uses (its README, "Format")."""
+
+RANK_CAP = 32
+"""Dimensions that a tensor may have; the limit of numpy 1, and far above any model's."""
 
 FLOATS = ("F16", "BF16", "F32")
 """What a recipe adds and a result may have."""

@@ -14,15 +14,13 @@ from bayling_delta.downloads import download_again
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
-from bayling_delta.tensors import DTYPES, TensorRef, one_view, row_major
+from bayling_delta.tensors import DTYPES, RANK_CAP, TensorRef, one_view, row_major
 from bayling_delta.zip_records import Record, read_records
 
 __all__ = ["parse", "record_damage"]
 
 _PICKLE_CAP = 100_000_000
 """Bytes; a model of 100,000 tensors needs some 25 million."""
-_RANK_CAP = 32
-"""Dimensions; the limit of numpy 1, and far above any model's."""
 _EXPANDED_CAP = 64 << 20
 """Bytes of a tensor that repeats its storage's elements; more would be a small file that takes forever."""
 
@@ -109,7 +107,7 @@ def _reference(path: Path, root: str, records: dict[str, Record], name: str, spe
             f"{name} lies in a storage of {storage.elements:,} {storage.dtype} elements, "
             f"but its record has {record.size:,} bytes",
         )
-    if len(spec.shape) != len(spec.strides) or len(spec.shape) > _RANK_CAP:
+    if len(spec.shape) != len(spec.strides) or len(spec.shape) > RANK_CAP:
         raise _damaged(path, f"{name} has {len(spec.shape)} dimensions and {len(spec.strides)} strides")
     if spec.offset < 0 or min(spec.shape + spec.strides, default=0) < 0:
         raise _damaged(path, f"{name} has a negative offset, size or stride")
