@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from bayling_delta import apply, system
 from bayling_delta.errors import CheckpointError, IntegrityError, MismatchError, OutputError, UsageError
-from bayling_delta.files import partial_path
+from bayling_delta.staging import partial_path
 from tests.pairs import CONFIG, StateDict, assert_same, llama, load, published_sum, save, shuffled
 
 Pair = tuple[Path, Path]
@@ -437,15 +437,16 @@ def test_an_output_that_exists_is_never_touched(tmp_path: Path, pair: Pair) -> N
         assert (out.lstat().st_mtime_ns, out.lstat().st_ino) == before
 
 
-def test_what_a_killed_run_left_is_refused_with_advice(tmp_path: Path, pair: Pair) -> None:
+def test_a_directory_in_the_place_of_an_unfinished_output_is_not_touched(tmp_path: Path, pair: Pair) -> None:
     partial = partial_path(tmp_path / "out")
     partial.mkdir()
+    (partial / "mine").write_text("mine")
     with pytest.raises(OutputError, match="not an unfinished output of this program"):
         apply(*pair, tmp_path / "out")
     (partial / "lock").write_text("{}")
-    with pytest.raises(OutputError, match=r"a run left that was killed.*remove it"):
-        apply(*pair, tmp_path / "out")
-    assert (partial / "lock").read_text() == "{}"
+    with pytest.raises(OutputError, match="not an unfinished output of this program"):
+        apply(*pair, tmp_path / "out", resume=False)
+    assert (partial / "mine").read_text() == "mine"
 
 
 def test_an_output_inside_an_input_is_refused(pair: Pair) -> None:
@@ -469,10 +470,12 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, pair: Pair) -> None
     assert nothing_left(tmp_path / "out")
 
 
-def test_another_digest_than_expected_leaves_nothing(tmp_path: Path, pair: Pair, digest: str) -> None:
+def test_another_digest_than_expected_is_no_model(tmp_path: Path, pair: Pair, digest: str) -> None:
     with pytest.raises(IntegrityError, match=f"is {digest}, expected was sha256:{'0' * 64}"):
         apply(*pair, tmp_path / "out", expect="0" * 64)
-    assert nothing_left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    apply(*pair, tmp_path / "out", expect=digest)  # what is finished is taken up
+    assert nothing_left(tmp_path / "other")
 
 
 def test_non_finite_sums_are_refused_unless_allowed(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import bayling_delta
 
 SOURCE = Path(bayling_delta.__file__).parent
 ORDER = """
-errors system tensors sources downloads files arithmetic gpu strict_json safetensors_format zip_records state_pickle
-torch_format meta_format checkpoint recipes release_entry releases manifest tokenizer_files companions hub
-expectations gathering copies sampling oddities looking suspicions reads pairing plan growing crew windows adding
-engine identifying sinks model_card loading applying recording verifying inspecting registering report cli __main__
+errors system tensors sources downloads strict_json files staging arithmetic gpu safetensors_format zip_records
+state_pickle torch_format meta_format checkpoint recipes release_entry releases manifest tokenizer_files companions
+hub expectations gathering copies sampling oddities looking suspicions reads pairing plan tally growing crew windows
+adding engine journal resuming identifying sinks model_card loading applying recording verifying inspecting
+registering report cli __main__
 """.split()
 
 
@@ -52,8 +53,8 @@ def test_duties_have_one_home() -> None:
     assert users_of(r"\bimport pickle\b|\bpickle\.(load|Unpickler)") == set()
     disk = r"\bos\.(open|pread|preadv|read|write|pwrite|stat|lstat|listdir|unlink|remove|rename|mkdir|rmdir|fsync)\("
     assert users_of(disk) - {"cli"} == {"system"}
-    changes = r"calls\.(open_write|write_from|truncate|sync|make_directory|remove_\w+|rename_new|preallocate)\("
-    assert users_of(changes) == {"files"}
+    changes = r"calls\.(open_write|write_from|truncate|sync|make_directory|remove_\w+|rename_new|replace|preallocate)\("
+    assert users_of(changes) == {"files", "staging"}
     assert users_of(r"\bcalls\.read_into\(") == {"sources"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bayling_delta.cli import Size
-from bayling_delta.files import partial_path
+from bayling_delta.staging import partial_path
 from tests.pairs import llama, save
 
 Run = subprocess.CompletedProcess[str]
@@ -175,41 +175,43 @@ main(sys.argv[1:])
 """The program, with a disk slow enough to be interrupted in the middle."""
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_leave_nothing(tmp_path: Path, pair: tuple[str, ...], number: signal.Signals, code: int) -> None:
-    words = ["apply", *pair, "--memory-limit", "128KiB"]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
-    partial = partial_path(tmp_path / "out")
+def started(partial: Path, program: str, *words: str) -> subprocess.Popen[str]:
+    """The program, running, with a weight file begun."""
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(partial.glob("model/model*.safetensors")):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_before_anything_is_finished_leaves_nothing(
+    tmp_path: Path, pair: tuple[str, ...], number: signal.Signals, code: int
+) -> None:
+    partial = partial_path(tmp_path / "out")
+    process = started(partial, SLOW, "apply", *pair, "--memory-limit", "128KiB")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert errors.count("\n") == 1
-    assert f"interrupted by {number.name}" in errors
+    assert errors == f"error: interrupted by {number.name}; run the command again\n"
     assert not partial.exists()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_leaves_no_output_and_says_so_next_time(tmp_path: Path, pair: tuple[str, ...]) -> None:
+def test_a_second_run_is_told_of_the_first(tmp_path: Path, pair: tuple[str, ...]) -> None:
     stuck = SLOW.replace("0.05", "1")  # it is killed long before it is done
-    process = subprocess.Popen([sys.executable, "-c", stuck, "apply", *pair, "--memory-limit", "128KiB"])
-    partial = partial_path(tmp_path / "out")
-    while not list(partial.glob("model/model*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    waiting = bayling_delta("apply", *pair)
-    assert waiting.returncode == 6
-    assert "is being written by another run" in waiting.stderr
+    process = started(partial_path(tmp_path / "out"), stuck, "apply", *pair, "--memory-limit", "128KiB")
+    for words in ([], ["--dry-run"], ["--no-resume"]):
+        waiting = bayling_delta("apply", *pair, *words)
+        assert waiting.returncode == 6
+        assert f"is being written by another run, process {process.pid}, since 20" in waiting.stderr
     process.kill()
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "out").exists()
-    refused = bayling_delta("apply", *pair)
-    assert refused.returncode == 6
-    assert "is what a run left that was killed" in refused.stderr
+    assert bayling_delta("apply", *pair).returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
 def test_a_reader_that_goes_away_is_no_fault(pair: tuple[str, ...]) -> None:

@@ -605,7 +605,7 @@ def test_a_file_beside_the_delta_that_changes_during_the_run_is_noticed(tmp_path
 
         def truncate(self, handle: int, size: int) -> None:  # at the end of a weight file
             if change == "absent":
-                (delta / name).unlink()
+                (delta / name).unlink(missing_ok=True)
             else:
                 (delta / name).write_text('{"some": "thing else"}')
             super().truncate(handle, size)

@@ -171,6 +171,9 @@ def test_nothing_is_copied_between_kernel_addition_digests_and_kernel(
         def hexdigest(self) -> str:
             return self._digest.hexdigest()
 
+        def copy(self) -> "Any":
+            return self._digest.copy()
+
     def additions(*dtypes: str) -> Callable[..., int]:
         add = arithmetic.make_addition(*dtypes)
 
@@ -184,7 +187,7 @@ def test_nothing_is_copied_between_kernel_addition_digests_and_kernel(
     plan = planned(*places)
     real = hashlib.sha256
     monkeypatch.setattr(engine, "allocate", allocate)
-    monkeypatch.setattr(engine, "Digester", lambda sizes, new=Sha256: windows.Digester(sizes, new))
+    monkeypatch.setattr(engine, "Digester", lambda sizes, new=Sha256, **more: windows.Digester(sizes, new, **more))
     census, outcome = carried_out(plan, tmp_path / "out", additions=additions)
     for entries in (*census.reads.values(), *census.writes.values()):
         assert all(any(first <= where < last for first, last in buffers) for _, _, where in entries)

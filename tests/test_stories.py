@@ -397,9 +397,6 @@ REFUSED: list[Story] = [
     # outputs
     Story("an empty directory is there", folder("out"), 6, "output_exists",
         ("out: exists, and nothing is replaced; choose another name or move it away",), thread="haotian-liu/LLaVA#98"),
-    Story("a run was killed", both(folder("out.partial"), write("out.partial/lock", b"")), 6, "output_exists",
-        ("out.partial: is what a run left that was killed", "remove it, then run again"),
-        thread="lm-sys/FastChat#266"),
     Story("into the delta", nothing, 6, "output_place",
         ("delta/weight: lies inside the delta; choose a place outside the inputs",),
         "apply --base base --delta delta --out delta/weight", thread="Vision-CAIR/MiniGPT-4#244"),

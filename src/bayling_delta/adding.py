@@ -62,7 +62,7 @@ class Adder:
         self._means = means
         self._operations: dict[tuple[str, str, str], Operation] = {}
         self._work = self._all(files)
-        self._wanted: str | None = next(self._work)
+        self._wanted: str | None = next(self._work, None)
 
     @property
     def finished(self) -> bool:

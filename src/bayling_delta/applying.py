@@ -1,7 +1,7 @@
 """Rebuild a model: open base and delta, plan their sum, run it, write down what came out."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from bayling_delta.expectations import (
     own_expectations,
     read_manifest,
 )
-from bayling_delta.files import copy_file, is_inside, output_problems, staged_directory, write_file
+from bayling_delta.files import copy_file, is_inside, write_file
 from bayling_delta.hub import local_copies
 from bayling_delta.identifying import (
     FileRecords,
@@ -55,13 +55,25 @@ from bayling_delta.model_card import model_card
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, make_budget, make_plan
 from bayling_delta.reads import ReadList, read_files
 from bayling_delta.recipes import PLAIN, RECIPES, Recipe
+from bayling_delta.release_entry import Release
 from bayling_delta.releases import Registry, load_releases
+from bayling_delta.resuming import journalled, merged, rest_of, take_up
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.sources import changed, exists, open_source
+from bayling_delta.staging import output_problems, remove_remnant, staged_directory
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
-__all__ = ["additions_on", "apply", "input_problems", "plan_apply", "plan_document", "recipe_of", "result_digests"]
+__all__ = [
+    "additions_on",
+    "apply",
+    "input_problems",
+    "plan_apply",
+    "plan_document",
+    "recipe_of",
+    "result_digests",
+    "small_files",
+]
 
 _SMALL_FILES_BYTES: Final = 16 << 20
 """What configuration, tokenizer, index and manifest may need on the disk, generously."""
@@ -270,6 +282,7 @@ def apply(
     check_inputs: bool = False,
     require_recorded: bool = False,
     allow: Collection[str] = (),
+    resume: bool = True,
     tell: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -287,7 +300,9 @@ def apply(
     before anything is written; ``require_recorded`` refuses weight files that are on no record. ``allow`` names the
     kinds of problem to overrule. ``tell`` is given what a user should know of the inputs, a sentence at a time.
 
-    ``out`` appears when it is complete and synced; if anything fails, it does not appear.
+    ``out`` appears when it is complete and synced; if anything fails, it does not appear. What a run finished that was
+    ended is in ``OUT.partial``, and is taken up by the next one with the same inputs and options; without ``resume``
+    it is removed instead.
 
     Raises:
         BaylingDeltaError: everything that can be seen to be wrong before the run; an input that fails, changes or
@@ -296,6 +311,7 @@ def apply(
         ValueError: ``expect`` is not a SHA-256.
     """
     wanted = parse_digest(expect) if expect is not None else None
+    remove_remnant(out)
     known = load_releases(registry)
     _refuse_by_name(base, delta, out, known, allow)
     base, delta = local_copies([base, delta], also=output_problems(out, 0), tell=tell)
@@ -322,12 +338,30 @@ def apply(
     head = manifest_head(
         "apply", plan.recipe.name, {"dtype": dtype, "max_shard_size": max_shard_size, "allow": sorted(set(allow))}
     )
-    with staged_directory(out) as directory:
-        with closing(DirectorySink(directory, plan.output_bytes, direct=direct)) as sink:
-            outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
-        records = _look_up_inputs(prepared, outcome)
-        refuse(_result_problems(prepared, outcome, records, out, wanted, require_recorded=require_recorded), allow)
-        return _write_down(prepared, outcome, records, directory, wanted, head)
+    with staged_directory(out, resume=resume) as staging:
+        earlier = take_up(staging, plan, threads=threads, direct=direct, progress=progress, tell=tell)
+        with journalled(staging, plan, earlier) as journal:
+            outcome: Outcome | None = None
+            if rest := rest_of(plan, earlier):
+                with closing(DirectorySink(staging.model, rest.output_bytes, direct=direct)) as sink:
+                    outcome = engine.run(
+                        rest,
+                        sink,
+                        threads=threads,
+                        direct=direct,
+                        additions=additions,
+                        progress=_from(earlier.nbytes, progress),
+                        report=journal.add,
+                    )
+            outcome = merged(plan, earlier, outcome)
+            records = _look_up_inputs(prepared, outcome)
+            refuse(_result_problems(prepared, outcome, records, out, wanted, require_recorded=require_recorded), allow)
+            return _write_down(prepared, outcome, records, staging.model, wanted, head)
+
+
+def _from(start: int, progress: Progress | None) -> Progress | None:
+    """The progress of what comes after so many bytes of a whole."""
+    return (lambda done, total: progress(start + done, start + total)) if progress else None
 
 
 def additions_on(device: str) -> Additions:
@@ -374,7 +408,7 @@ def _result_problems(
     ]
     digest = weights_digest(result_digests(plan, outcome))
     if wanted not in (None, digest):
-        advice = "nothing was kept: are base, delta and --dtype the right ones?"
+        advice = "are base, delta and --dtype the right ones? A run without --expect takes up what is finished"
         problems.append(
             Problem("digest", str(out), f"the result's weights digest is {digest}, expected was {wanted}; {advice}")
         )
@@ -452,22 +486,30 @@ def _write_down(
 
     files = result["files"]
     files += [file_entry(file.name, file.size, outcome.result.files[file.name]) for file in plan.files]
-    for companion in beside:
-        if isinstance(companion.content, bytes):
-            files.append(write(companion.name, companion.content))
+    for name, content in small_files(plan, manifest, beside, release):
+        if isinstance(content, bytes):
+            files.append(write(name, content))
             continue
-        with open_source(companion.content) as source:
-            size, sha256 = copy_file(source, directory / companion.name)
-        refuse(download_problems(plan.delta.directory, {companion.name: FoundFile(size, sha256)}))
-        files.append(file_entry(companion.name, size, sha256))
+        with open_source(content) as source:
+            size, sha256 = copy_file(source, directory / name)
+        refuse(download_problems(plan.delta.directory, {name: FoundFile(size, sha256)}))
+        files.append(file_entry(name, size, sha256))
     others = prepared.beside.items() ^ companions.stamps(plan.delta.directory).items()
     refuse([changed(plan.delta.directory / name) for name in sorted({name for name, _ in others})])
-    if len(plan.files) > 1:
-        files.append(write("model.safetensors.index.json", _index(plan, placed)))
-    files.append(write("README.md", model_card(manifest, release).encode("utf-8", "backslashreplace")))
     listed = [*files, write(MANIFEST_NAME, to_json(manifest).encode())]
     write(SUMS_NAME, sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode())
     return manifest
+
+
+def small_files(
+    plan: Plan, manifest: Mapping[str, Any], beside: Iterable[companions.Companion], release: Release | None
+) -> Iterator[tuple[str, Path | bytes]]:
+    """What lies beside a result's weights, but for the manifest and SHA256SUMS: names, and a file to copy or bytes."""
+    for companion in beside:
+        yield companion.name, companion.content
+    if len(plan.files) > 1:
+        yield "model.safetensors.index.json", _index(plan)
+    yield "README.md", model_card(manifest, release).encode("utf-8", "backslashreplace")
 
 
 def _result_verification(digest: str, wanted: str | None, registry: Registry) -> list[dict[str, Any]]:
@@ -521,8 +563,9 @@ def _input_section(checkpoint: Checkpoint, digests: Digests, records: FileRecord
     }
 
 
-def _index(plan: Plan, placed: dict[str, str]) -> bytes:
+def _index(plan: Plan) -> bytes:
     """The shard index, as transformers writes it."""
+    placed = {tensor.name: file.name for file in plan.files for tensor in file.tensors}
     total = sum(tensor.nbytes for tensor in plan.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": placed}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

@@ -37,6 +37,7 @@ __all__ = [
     "is_rotary_buffer",
     "loadable_files",
     "open_checkpoint",
+    "open_weights",
     "read_index",
     "read_table",
     "stays_in_directory",
@@ -283,7 +284,7 @@ def _open_shards(
                 raise CheckpointError(
                     Problem("incomplete", str(shard), f"is in {index}, but not here; download the missing shard")
                 )
-            container, file, refs = _open_file(shard)
+            container, file, refs = open_weights(shard)
         except (CheckpointError, IntegrityError) as error:
             problems += (mended(problem, shard) for problem in error.problems)
             continue
@@ -348,7 +349,7 @@ def _open_meta(path: Path, folder: Path) -> tuple[Checkpoint | None, list[Proble
     parts: dict[int, dict[str, TensorRef]] = {}
     for name in names:
         try:
-            container, file, refs = _open_file(folder / name)
+            container, file, refs = open_weights(folder / name)
         except (CheckpointError, IntegrityError) as error:
             problems += error.problems
             continue
@@ -425,7 +426,7 @@ def read_table(path: Path, limit: int = JSON_CAP) -> dict[str, Any]:
     return table
 
 
-def _open_file(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
+def open_weights(path: Path) -> tuple[str, WeightFile, dict[str, TensorRef]]:
     """One file's container, itself, and its tensors."""
     with open_source(path) as source:
         head = read_bytes(source, 0, 512)

@@ -181,6 +181,9 @@ def _working(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--require-recorded", is_flag=True, help="Fail unless every weight file of base and delta is on record.")
 @click.option("--allow", multiple=True, type=_ALLOWABLE, help="Overrule a refusal of this kind. Repeatable.")
 @click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on with what a run that was ended had finished."
+)
+@click.option(
     "--dry-run", is_flag=True, help="Check all that needs no digest and no sum, show the plan, write nothing."
 )
 @_working
@@ -198,6 +201,7 @@ def apply(
     check_inputs: bool,
     require_recorded: bool,
     allow: tuple[str, ...],
+    resume: bool,
     dry_run: bool,
     memory_limit: int,
     threads: int,
@@ -243,7 +247,7 @@ def apply(
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
     with _progress("apply", quiet) as progress:
-        options |= {"device": device, "expect": expect, "tell": _note(quiet), "progress": progress}
+        options |= {"device": device, "expect": expect, "resume": resume, "tell": _note(quiet), "progress": progress}
         manifest = applying.apply(base, delta, out, **options)
     _show(manifest, report.applied_text(manifest, out, time.monotonic() - started), as_json=as_json, quiet=quiet)
 
@@ -560,8 +564,7 @@ def _raise_on_signals() -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         name = signal.Signals(number).name
-        problem = Problem("signal", "", f"interrupted by {name}; nothing was left behind, run the command again")
-        raise InterruptedRunError(problem, number)
+        raise InterruptedRunError(Problem("signal", "", f"interrupted by {name}"), number)
 
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks to be left alone

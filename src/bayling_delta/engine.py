@@ -8,7 +8,7 @@ slowest station sets the pace, and memory stays what the plan says.
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from bayling_delta.errors import Problem
 from bayling_delta.growing import mean_rows
 from bayling_delta.plan import Budget, OutputFile, Plan
 from bayling_delta.reads import ReadList, undigested
+from bayling_delta.tally import Finished, FinishedInput, Tally
 from bayling_delta.torch_format import record_damage
 from bayling_delta.windows import Digester, Reader, Window, allocate
 
@@ -33,6 +34,8 @@ _TICK_SECONDS: Final = 0.1
 
 Progress = Callable[[int, int], None]
 """(bytes of the result done, bytes in all); called in the caller's thread, some ten times a second."""
+_Hears = Callable[[str], Callable[[str, str], None] | None]
+"""What to tell of an event of this kind, if anybody listens."""
 
 
 class Sink(Protocol):
@@ -61,6 +64,8 @@ class Digests:
     """SHA-256 by tensor name."""
     md5: dict[str, str] = field(default_factory=dict)
     """MD5 by file name, where a list has it."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of a file's bytes up to a stop of the read list, by ``name@stop``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +94,14 @@ def run(
     digests: bool = True,
     additions: Additions = make_addition,
     progress: Progress | None = None,
+    report: Callable[[Finished], None] | None = None,
 ) -> Outcome:
     """Add base and delta as planned; give the result to ``sink``, if any, and compare it with the plan's model, if any.
 
     Memory is the plan's budget and a few hundred bytes a tensor. ``direct`` allows reads past the page
     cache, where they are faster. Without ``digests`` nothing is digested or checked, and the outcome has none: for
-    measurements alone. ``additions`` makes the addition for dtypes: the CPU's, or that of `gpu`.
+    measurements alone. ``additions`` makes the addition for dtypes: the CPU's, or that of `gpu`. ``report`` is
+    given each file when nothing is left to do for it, in a thread of the run, but an input's that proved to be damaged.
     The result does not depend on any of these.
 
     Raises:
@@ -108,26 +115,31 @@ def run(
             delta_reads=undigested(plan.delta_reads),
             model_reads=undigested(plan.model_reads) if plan.model_reads else None,
         )
+    tally = Tally(plan) if report and digests else None
+    hears: _Hears = tally.hears if tally else lambda _: None
     flow = _Flow(threads, direct)
     adding = Station()
-    tensors = Digester({tensor.name: tensor.nbytes for tensor in plan.tensors} if digests else {})
-    files = Digester({file.name: file.size for file in plan.files} if digests else {})
+    sizes = {tensor.name: tensor.nbytes for tensor in plan.tensors}
+    tensors = Digester(sizes if digests else {}, finished=hears("tensor"))
+    files = Digester({file.name: file.size for file in plan.files} if digests else {}, finished=hears("file"))
     users: list[Station] = []
     if digests:
         users.append(flow.station(lambda window: tensors.update(window.buffer, window.tensors)))
         users.append(flow.station(lambda window: _digest_file(files, window)))
     if sink is not None:
-        users.append(flow.station(lambda window: _hand_over(sink, window)))
+        users.append(flow.station(partial(_hand_over, sink, hears("written"))))
     means = mean_rows(plan.tensors)
     adder = Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users), means)
     adding.handle = adder.take
     flow.supply("result", plan.budget, adding)
-    base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding)
-    delta = flow.read("delta", plan.delta, plan.delta_reads, plan.budget, adding)
+    base = flow.read("base", plan.base, plan.base_reads, plan.budget, adding, hears)
+    delta = flow.read("delta", plan.delta, plan.delta_reads, plan.budget, adding, hears)
     model: _Input | None = None
     if plan.model is not None and plan.model_reads is not None:
         model = flow.read("model", plan.model, plan.model_reads, plan.budget, adding)
-    total = sum(tensor.nbytes for tensor in plan.tensors)
+    if tally and report:
+        tally.report = partial(_report, report, adder.non_finite, (base, delta))
+    total = sum(sizes.values())
     flow.run(lambda: progress(adder.done_bytes, total) if progress else None)
     if not adder.finished:
         raise RuntimeError("the addition came to a stop before its end")
@@ -179,12 +191,28 @@ class _Flow:
         self._free += [Window(stream, buffer, home) for buffer in allocate(budget.chunk_bytes, budget.windows)]
 
     def read(
-        self, stream: str, checkpoint: Checkpoint, reads: ReadList, budget: Budget, then: Station | None
+        self,
+        stream: str,
+        checkpoint: Checkpoint,
+        reads: ReadList,
+        budget: Budget,
+        then: Station | None,
+        hears: _Hears = lambda _: None,
     ) -> "_Input":
         """Have a checkpoint read and digested, and every window given to ``then`` too."""
         reader = Reader(reads, {file.path: file.stamp for file in checkpoint.files}, budget.tile_bytes, self._direct)
-        md5 = Digester(reads.md5, partial(hashlib.md5, usedforsecurity=False))
-        found = _Input(reader, Digester(reads.files), Digester(reads.tensors), md5)
+        new_md5 = partial(hashlib.md5, usedforsecurity=False)
+        found = _Input(
+            reader,
+            Digester(
+                reads.files,
+                finished=hears(f"file of the {stream}"),
+                stops=reads.stops,
+                passed=hears(f"part of the {stream}"),
+            ),
+            Digester(reads.tensors, finished=hears(f"tensor of the {stream}")),
+            Digester(reads.md5, new_md5, finished=hears(f"MD5 of the {stream}")),
+        )
         users = [self.station(found.check_files)]
         if reads.md5:
             users.append(self.station(found.check_md5))
@@ -245,12 +273,12 @@ class _Input:
     _md5: Digester
 
     def check_files(self, window: Window) -> None:
-        if window.whole and isinstance(window.space, Path):
-            piece = (window.space.name, window.start - window.origin, window.stop - window.origin)
-            self._files.update(window.buffer, [piece])
         if isinstance(window.space, Path):
             for name, start, stop in window.records:
                 self.reader.records.update(window.space, name, window.origin + start, window.buffer[start:stop])
+        if window.whole and isinstance(window.space, Path):  # after its records: by now damage is known
+            piece = (window.space.name, window.start - window.origin, window.stop - window.origin)
+            self._files.update(window.buffer, [piece])
 
     def check_md5(self, window: Window) -> None:
         if window.whole and isinstance(window.space, Path) and window.space.name in self.reader.reads.md5:
@@ -261,7 +289,7 @@ class _Input:
         self._tensors.update(window.buffer, window.tensors)
 
     def digests(self) -> Digests:
-        return Digests(self._files.finish(), self._tensors.finish(), self._md5.finish())
+        return Digests(self._files.finish(), self._tensors.finish(), self._md5.finish(), self._files.parts)
 
     def damage(self) -> list[Problem]:
         return [record_damage(file, name) for file, name in sorted(self.reader.records.finish())]
@@ -272,7 +300,21 @@ def _digest_file(digester: Digester, window: Window) -> None:
         digester.update(window.buffer, [(window.space.name, 0, window.stop - window.origin)])
 
 
-def _hand_over(sink: Sink, window: Window) -> None:
+def _report(
+    report: Callable[[Finished], None], non_finite: Mapping[str, int], inputs: Sequence[_Input], finished: Finished
+) -> None:
+    if isinstance(finished, FinishedInput):
+        # A damaged file is not called finished: a later run reads it again, and finds the damage again.
+        if any(file.name == finished.name for side in inputs for file in side.reader.records.damaged_files()):
+            return
+    else:
+        finished = replace(
+            finished, non_finite={name: non_finite[name] for name in finished.tensors if name in non_finite}
+        )
+    report(finished)
+
+
+def _hand_over(sink: Sink, written: Callable[[str, str], None] | None, window: Window) -> None:
     file = window.space
     if isinstance(file, OutputFile):
         if not window.origin:
@@ -280,3 +322,5 @@ def _hand_over(sink: Sink, window: Window) -> None:
         sink.write(window.buffer, window.origin, window.stop - window.origin)
         if window.stop == file.size:
             sink.end()
+            if written:
+                written(file.name, "")

@@ -53,6 +53,8 @@ class BaylingDeltaError(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.hint: str | None = None
+        """What is left of the work, and how to go on."""
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -158,6 +160,7 @@ KINDS: dict[str, Kind] = {
     "digest": Kind(IntegrityError, "a digest is not the expected one"),
     # 6: the output cannot be written
     "output_exists": Kind(OutputError, "the output, or an unfinished one, is already there"),
+    "unfinished": Kind(OutputError, "what an earlier run left cannot be gone on with"),
     "output_place": Kind(OutputError, "the output's place cannot take it"),
     "disk_space": Kind(OutputError, "the disk is too small for the output, or for a download"),
     "write": Kind(OutputError, "the system refused to write"),

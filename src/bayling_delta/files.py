@@ -1,19 +1,15 @@
-"""Creating things on disk so that they are there whole, or not at all. The one module that changes the disk.
+"""Writing files: created, never replaced but where that is said, and synced. An `OSError` becomes an `OutputError`.
 
-A new directory grows as ``NAME.partial/model`` beside its place, under a lock; when all of it is written and
-synced it is renamed to ``NAME``. Nothing that exists is ever replaced. An `OSError` becomes an `OutputError`.
+This module and `staging` are the only ones that change the disk.
 """
 
 import errno
 import hashlib
-import json
 import mmap
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
 
 from bayling_delta import system
@@ -22,68 +18,26 @@ from bayling_delta.sources import CLEARLY, Source, read_bytes
 from bayling_delta.system import ALIGNMENT
 
 __all__ = [
+    "Appender",
     "FileWriter",
     "copy_file",
     "direct_writes_pay",
     "free_bytes",
     "is_inside",
     "new_file_problems",
-    "output_problems",
-    "partial_path",
-    "staged_directory",
+    "replace_file",
+    "reported",
+    "write_all",
+    "write_error",
     "write_file",
 ]
 
-_LONGEST_NAME = 255
-"""Bytes; what nearly all file systems allow."""
 _TRIED_BYTES = 2 << 30
 """Outputs of at least so many bytes are worth trials of how they are written best."""
 _TRIALS = 3
 _TRIAL_BYTES = 4 << 20
 _TRIAL_PIECE = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def partial_path(target: Path) -> Path:
-    """Where a directory grows before it has its name."""
-    return target.with_name(f"{target.name}.partial")
-
-
-def output_problems(target: Path, needed_bytes: int) -> list[Problem]:
-    """What keeps a directory of this size from being made, as far as can be seen without trying."""
-    if target.name in ("", ".."):
-        return [Problem("output_exists", str(target), "exists, and nothing is replaced; choose a name for the output")]
-    if len(os.fsencode(partial_path(target).name)) > _LONGEST_NAME:
-        return [Problem("output_place", str(target)[:80] + "…", "is too long a name for a file system")]
-    problems: list[Problem] = []
-    if system.calls.exists(target):
-        problems.append(
-            Problem(
-                "output_exists",
-                str(target),
-                "exists, and nothing is replaced; choose another name or move it away",
-            )
-        )
-    partial = partial_path(target)
-    if system.calls.exists(partial):
-        problems.append(Problem("output_exists", str(partial), _advice(partial)))
-    try:
-        if not stat.S_ISDIR(system.calls.stat(target.parent).st_mode):
-            what = f"cannot be made: {target.parent} is not a directory"
-            return [*problems, Problem("output_place", str(target), what)]
-        free = system.calls.free_bytes(target.parent)
-    except OSError as error:
-        reason = error.strerror or "unknown"
-        message = f"cannot hold the output ({reason}); make the directory first, or choose another place"
-        problems.append(Problem("output_place", str(target.parent), message))
-        return problems
-    if free < needed_bytes:
-        message = (
-            f"has {free / 1e9:,.2f} GB free, the output needs {needed_bytes / 1e9:,.2f} GB; "
-            "make room, or choose another place"
-        )
-        problems.append(Problem("disk_space", str(target.parent), message))
-    return problems
 
 
 def free_bytes(directory: Path) -> int:
@@ -122,85 +76,16 @@ def is_inside(path: Path, directory: Path) -> bool:
     return system.calls.real_path(directory) in system.calls.real_path(path).parents
 
 
-def _advice(partial: Path) -> str:
-    """What to say of a partial output that is already there."""
-    lock = partial / "lock"
-    try:
-        handle = system.calls.open_read(lock, direct=False)
-    except OSError:
-        return "exists, and is not an unfinished output of this program; choose another output or move it away"
-    try:
-        if system.calls.lock(handle):
-            return "is what a run left that was killed; it is not taken up again: remove it, then run again"
-        return "is being written by another run; wait for it, or choose another output"
-    finally:
-        system.calls.close(handle)
-
-
-@contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
-    """Yield a new, empty directory; it becomes ``target`` if the body succeeds, and is removed if it fails.
-
-    Raises:
-        OutputError: it cannot be made, or ``target`` or its partial form exists.
-    """
-    partial = partial_path(target)
-    model = partial / "model"
-    try:
-        system.calls.make_directory(partial)
-    except FileExistsError as error:
-        raise OutputError(Problem("output_exists", str(partial), _advice(partial))) from error
-    except OSError as error:
-        raise _failed(partial, error) from error
-    handle: int | None = None
-    try:
-        with _reported(partial):
-            handle = _lock(partial / "lock")
-            system.calls.make_directory(model)
-        yield model
-        with _reported(target):
-            system.calls.sync_directory(model)
-            system.calls.rename_new(model, target)
-            system.calls.sync_directory(target.parent)
-    finally:
-        _remove(partial)
-        if handle is not None:
-            system.calls.close(handle)
-
-
-def _lock(path: Path) -> int:
-    """Create the lock file, hold its lock, and write down whose it is; the lock goes with the process."""
-    handle = system.calls.open_write(path, direct=False)
-    try:
-        system.calls.lock(handle)
-        owner = {"pid": os.getpid(), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        _write_all(handle, json.dumps(owner).encode(), 0)
-    except BaseException:
-        system.calls.close(handle)
-        raise
-    return handle
-
-
-def _remove(partial: Path) -> None:
-    """Remove what this run made, and only that: two levels of files of its own."""
-    for directory in (partial / "model", partial):
-        with suppress(OSError):
-            for name in system.calls.list_directory(directory):
-                with suppress(OSError):
-                    system.calls.remove_file(directory / name)
-            system.calls.remove_directory(directory)
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Create a small file with these bytes, synced.
 
     Raises:
         OutputError: it exists, or cannot be written.
     """
-    with _reported(path):
+    with reported(path):
         handle = system.calls.open_write(path, direct=False)
         try:
-            _write_all(handle, data, 0)
+            write_all(handle, data, 0)
             system.calls.sync(handle)
         except BaseException:
             with suppress(OSError):
@@ -208,6 +93,51 @@ def write_file(path: Path, data: bytes) -> None:
             raise
         finally:
             system.calls.close(handle)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Have a small file with these bytes, synced, in place of one that may be there: the old one or the new, whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    new = path.with_name(path.name + ".new")
+    with reported(new), suppress(FileNotFoundError):
+        system.calls.remove_file(new)
+    write_file(new, data)
+    with reported(path):
+        system.calls.replace(new, path)
+        system.calls.sync_directory(path.parent)
+
+
+class Appender:
+    """A small file that grows; what was appended is on the disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file that exists.
+
+        Raises:
+            OutputError: it cannot be opened.
+        """
+        self._path = path
+        with reported(path):
+            self._handle = system.calls.open_update(path)
+            self._end = system.calls.stat_handle(self._handle).st_size
+
+    def append(self, data: bytes) -> None:
+        """Write at the end, and sync.
+
+        Raises:
+            OutputError: the system refuses; part of it may be there.
+        """
+        with reported(self._path):
+            write_all(self._handle, data, self._end)
+            system.calls.sync(self._handle)
+            self._end += len(data)
+
+    def close(self) -> None:
+        """Close the file, whatever state it is in."""
+        system.calls.close(self._handle)
 
 
 def copy_file(source: Source, path: Path) -> tuple[int, str]:
@@ -218,11 +148,11 @@ def copy_file(source: Source, path: Path) -> tuple[int, str]:
         CheckpointError: the source cannot be read, or changes.
     """
     digest, done = hashlib.sha256(), 0
-    with _reported(path):
+    with reported(path):
         handle = system.calls.open_write(path, direct=False)
         try:
             while data := read_bytes(source, done, 1 << 20):
-                _write_all(handle, data, done)
+                write_all(handle, data, done)
                 digest.update(data)
                 done += len(data)
             system.calls.sync(handle)
@@ -261,7 +191,7 @@ def _write_seconds(path: Path, data: memoryview, *, direct: bool) -> float:
         return time.perf_counter() - start
     finally:
         writer.close()
-        with _reported(path):
+        with reported(path):
             system.calls.remove_file(path)
 
 
@@ -277,7 +207,7 @@ class FileWriter:
         self.path = path
         self._size = size
         self._direct = direct and system.calls.direct_io
-        with _reported(path):
+        with reported(path):
             self._handle = self._open()
             with _optional():
                 system.calls.preallocate(self._handle, size)
@@ -300,17 +230,17 @@ class FileWriter:
         Raises:
             OutputError: the system refuses.
         """
-        with _reported(self.path):
+        with reported(self.path):
             rounded = -(-count // ALIGNMENT) * ALIGNMENT
             if self._direct:
                 buffer[count:rounded] = bytes(rounded - count)
-                _write_all(self._handle, buffer[:rounded], offset, aligned=True)
+                write_all(self._handle, buffer[:rounded], offset, aligned=True)
             else:
-                _write_all(self._handle, buffer[:count], offset)
+                write_all(self._handle, buffer[:count], offset)
 
     def finish(self) -> None:
         """Cut off what rounding added, and sync. Close afterwards."""
-        with _reported(self.path):
+        with reported(self.path):
             system.calls.truncate(self._handle, self._size)
             system.calls.sync(self._handle)
 
@@ -319,7 +249,12 @@ class FileWriter:
         system.calls.close(self._handle)
 
 
-def _write_all(handle: int, data: bytes | memoryview, offset: int, *, aligned: bool = False) -> None:
+def write_all(handle: int, data: bytes | memoryview, offset: int, *, aligned: bool = False) -> None:
+    """Write bytes at ``offset``, however many calls it takes; ``aligned`` buffers in whole blocks.
+
+    Raises:
+        OSError: the system refuses.
+    """
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -345,14 +280,16 @@ def _optional() -> Iterator[None]:
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
+    """Let an `OSError` of the body become an `OutputError` about a path."""
     try:
         yield
     except OSError as error:
-        raise _failed(path, error) from error
+        raise write_error(path, error) from error
 
 
-def _failed(path: Path, error: OSError) -> OutputError:
+def write_error(path: Path, error: OSError) -> OutputError:
+    """What to raise where the system refused to change something."""
     reason = error.strerror or str(error)
     if error.errno == errno.EEXIST:
         return OutputError(Problem("output_exists", str(path), "appeared meanwhile; nothing was replaced"))

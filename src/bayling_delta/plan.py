@@ -80,6 +80,18 @@ class OutputFile:
     size: int
     """Bytes, header included."""
 
+    def made_of(self, role: str) -> dict[str, int]:
+        """Of each file of an input, ``base`` or ``delta``, up to which byte this file is made of it."""
+        stops: dict[str, int] = {}
+        for tensor in self.tensors:
+            ref = tensor.base if role == "base" else tensor.delta
+            if ref is None or not ref.elements:
+                continue
+            for view in ref.views:
+                stop = view.offset + view.elements * DTYPES[ref.dtype]
+                stops[view.file.name] = max(stop, stops.get(view.file.name, 0))
+        return stops
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -175,6 +187,7 @@ def make_plan(
     base_reads = read_in_order_of(base, base_needed, *_listed(base, base_records, digest_files))
     delta_needed = [(tensor.name, tensor.delta) for tensor in needed]
     delta_reads = read_in_order_of(delta, delta_needed, *_listed(delta, delta_records, digest_files))
+    base_reads, delta_reads = _with_stops(base_reads, "base", files), _with_stops(delta_reads, "delta", files)
     model_reads: ReadList | None = None
     if model:
         model_reads = read_in_order_of(model, [(tensor.name, tensor.model) for tensor in needed if tensor.model])
@@ -195,6 +208,17 @@ def make_plan(
         budget,
         notes,
     )
+
+
+def _with_stops(reads: ReadList, role: str, files: Sequence[OutputFile]) -> ReadList:
+    """Where an input is digested by file alone: with the digests of what each output file is made of."""
+    if reads.tensors:
+        return reads
+    stops: dict[str, set[int]] = {}
+    for file in files:
+        for name, stop in file.made_of(role).items():
+            stops.setdefault(name, set()).add(stop)
+    return replace(reads, stops={name: tuple(sorted(places)) for name, places in stops.items()})
 
 
 def _records_beside(side: Checkpoint, problems: list[Problem]) -> tuple[Expectation, ...]:

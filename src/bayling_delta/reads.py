@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise, takewhile
 from operator import attrgetter
 from pathlib import Path
@@ -93,6 +93,8 @@ class ReadList:
     """The tensors that are digested each by itself, and their bytes."""
     md5: dict[str, int]
     """Those of the files of which the MD5 is taken too."""
+    stops: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Up to where, in the files that are digested whole, what was read so far is digested too."""
 
     @property
     def nbytes(self) -> int:
@@ -117,18 +119,20 @@ def read_in_order_of(
     needed: Sequence[tuple[str, TensorRef]],
     listed: Collection[str] = (),
     md5: Collection[str] = (),
+    *,
+    by_tensor: bool = False,
 ) -> ReadList:
     """The reads that bring these tensors in this order, and the digests that can be taken of them once.
 
     Where each file's bytes are met in order, the files are read whole, gaps included, and each file's
     digest is taken. Else the tensors are read where they lie, and each tensor's digest is taken; the files that
     are ``listed``, because a digest of them is recorded, are then read once more. ``md5`` names those of them
-    that are recorded by MD5.
+    that are recorded by MD5. With ``by_tensor`` it is done so in any case.
     """
     wanted = [(name, ref) for name, ref in needed if ref.elements]
     sizes = {file.path.name: file.size for file in checkpoint.files}
     md5_sizes = {name: sizes[name] for name in md5}
-    if not _later(wanted):
+    if not by_tensor and not _later(wanted):
         whole: list[Span | Gather] = list(_whole_files(checkpoint, _stretches(wanted), digest_tensors=False))
         return ReadList(_with_all_records(checkpoint, wanted, whole), sizes, {}, md5_sizes)
     again = [file for file in checkpoint.files if file.path.name in listed]
@@ -173,7 +177,7 @@ def undigested(reads: ReadList) -> ReadList:
         replace(step, whole=False, tensors=(), records=()) if isinstance(step, Span) else replace(step, records=())
         for step in reads.steps
     )
-    return replace(reads, steps=tuple(steps), files={}, tensors={}, md5={})
+    return replace(reads, steps=tuple(steps), files={}, tensors={}, md5={}, stops={})
 
 
 _Stretch = tuple[Path, Mark]

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, Final
 
-from bayling_delta.errors import BaylingDeltaError, Problem
+from bayling_delta.errors import BaylingDeltaError, InterruptedRunError, Problem
 from bayling_delta.manifest import to_json, verification_texts
 
 __all__ = [
@@ -49,13 +49,16 @@ def readable(text: str) -> str:
 
 
 def failure_text(error: BaylingDeltaError) -> str:
-    """One line a problem, the place first; long lists are cut. At the end, how to overrule what can be."""
+    """One line a problem, the place first; long lists are cut. At the end, how to overrule what can be, and go on."""
+    if isinstance(error, InterruptedRunError):
+        return readable(f"error: {error}; {error.hint or 'run the command again'}")
     told = _grouped(error.problems)
     problems = [readable(text) for text in told[:_MOST_PROBLEMS]]
     allow = "".join(
         f" --allow {kind}" for kind in sorted({problem.kind for problem in error.problems if problem.allow})
     )
     advice = [f"To go on all the same:{allow}"] if allow else []
+    advice += [readable(error.hint)] if error.hint else []
     if len(told) == 1:
         return "\n".join([f"error: {problems[0]}", *advice])
     lines = [f"error: {len(error.problems)} problems", *(f"  {problem}" for problem in problems)]
@@ -81,7 +84,7 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
 
 def failure_document(command: str, error: BaylingDeltaError) -> dict[str, Any]:
     """A failure as JSON."""
-    return _failure(command, error.category, str(error), error.problems)
+    return _failure(command, error.category, str(error), error.problems, error.hint)
 
 
 def usage_document(command: str, category: str, message: str) -> dict[str, Any]:
@@ -89,7 +92,9 @@ def usage_document(command: str, category: str, message: str) -> dict[str, Any]:
     return _failure(command, category, message, ())
 
 
-def _failure(command: str, category: str, message: str, problems: Sequence[Problem]) -> dict[str, Any]:
+def _failure(
+    command: str, category: str, message: str, problems: Sequence[Problem], hint: str | None = None
+) -> dict[str, Any]:
     return {
         "schema": f"bayling-delta/{command}/1",
         "ok": False,
@@ -100,6 +105,7 @@ def _failure(command: str, category: str, message: str, problems: Sequence[Probl
                 {"kind": problem.kind, "where": problem.where, "message": problem.message, "allow": problem.allow}
                 for problem in problems
             ],
+            "hint": hint,
         },
     }
 

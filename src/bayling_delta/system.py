@@ -86,6 +86,10 @@ class System:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         return os.open(path, flags, 0o666)
 
+    def open_update(self, path: Path) -> int:
+        """Open a file that exists, and is no link, to read and write it."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
     def write_from(self, handle: int, view: memoryview, offset: int) -> int:
         """Write ``view`` at ``offset``; may write less."""
         return os.pwrite(handle, view, offset)
@@ -127,6 +131,10 @@ class System:
             os.rename(old, new)
         elif status:
             raise OSError(status, os.strerror(status), str(new))
+
+    def replace(self, old: Path, new: Path) -> None:
+        """Rename, in place of a file that may be there."""
+        os.replace(old, new)
 
     def lock(self, handle: int) -> bool:
         """Take an exclusive lock on an open file without waiting; False if another process has it."""
@@ -178,6 +186,9 @@ class PortableSystem(System):
 
     def open_write(self, path: Path, *, direct: bool) -> int:  # noqa: ARG002
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+    def open_update(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
     def write_from(self, handle: int, view: memoryview, offset: int) -> int:
         with self._seek:

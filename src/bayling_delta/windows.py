@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -62,9 +63,26 @@ def allocate(chunk_bytes: int, count: int) -> list[memoryview]:
 class Digester:
     """Digests of several things at once, each fed in order and finished when all its bytes have come."""
 
-    def __init__(self, sizes: Mapping[str, int], new: Callable[[], Any] = hashlib.sha256) -> None:
-        """``new`` begins a digest: SHA-256, or another of `hashlib`."""
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        new: Callable[[], Any] = hashlib.sha256,
+        finished: Callable[[str, str], None] | None = None,
+        stops: Mapping[str, Sequence[int]] | None = None,
+        passed: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """``new`` begins a digest: SHA-256, or another of `hashlib`. ``finished`` is told each as (key, hex).
+
+        ``stops`` are numbers of bytes of a key, ascending: when so many have come, ``passed`` is told the digest of
+        them as (``key@stop``, hex).
+        """
+        self.parts: dict[str, str] = {}
+        """Digests at the stops, by ``key@stop``."""
         self._new = new
+        self._finished = finished
+        self._passed = passed
+        self._stops = {key: deque(places) for key, places in (stops or {}).items()}
+        self._come = dict.fromkeys(self._stops, 0)
         self._left = {key: size for key, size in sizes.items() if size}
         self._open: dict[str, Any] = {}
         self._done = {key: new().hexdigest() for key, size in sizes.items() if not size}
@@ -75,11 +93,29 @@ class Digester:
             digest = self._open.get(key)
             if digest is None:
                 digest = self._open[key] = self._new()
-            digest.update(buffer[start:stop])
             self._left[key] -= stop - start
+            if key in self._stops:
+                start = self._up_to_last_stop(key, digest, buffer, start, stop)
+            digest.update(buffer[start:stop])
             if not self._left[key]:
                 del self._left[key]
                 self._done[key] = self._open.pop(key).hexdigest()
+                if self._finished:
+                    self._finished(key, self._done[key])
+
+    def _up_to_last_stop(self, key: str, digest: Any, buffer: memoryview, start: int, stop: int) -> int:
+        """Take in the bytes before each stop that lies in the piece; return where the last of them is."""
+        origin = self._come[key] - start
+        self._come[key] += stop - start
+        stops = self._stops[key]
+        while stops and stops[0] - origin <= stop:
+            place = stops.popleft()
+            digest.update(buffer[start : place - origin])
+            start = place - origin
+            self.parts[f"{key}@{place}"] = digest.copy().hexdigest()
+            if self._passed:
+                self._passed(f"{key}@{place}", self.parts[f"{key}@{place}"])
+        return start
 
     def finish(self) -> dict[str, str]:
         """Return every digest in hex; all bytes must have come."""
@@ -122,6 +158,11 @@ class RecordChecker:
                 self._left.discard((file, name))
                 if value != record.crc32:
                     self._damaged.add((file, name))
+
+    def damaged_files(self) -> set[Path]:
+        """The files of which a record has proved to be damaged by now."""
+        with self._lock:
+            return {file for file, _ in self._damaged}
 
     def finish(self) -> set[tuple[Path, str]]:
         """Return the files and names of the records that are damaged; all bytes must have come."""

@@ -1,0 +1,287 @@
+"""A new directory that is there whole, or not at all; what an ended run leaves of it can be taken up.
+
+It grows as ``NAME.partial/model`` beside its place, under a lock that goes with the process, and is renamed to
+``NAME`` when all of it is written and synced. Nothing that exists is ever replaced. ``NAME.partial`` holds ``lock``,
+``journal`` and ``model/``, and no directory that holds anything else is touched.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final
+
+from bayling_delta import system
+from bayling_delta.errors import BaylingDeltaError, CheckpointError, OutputError, Problem
+from bayling_delta.files import reported, write_all
+from bayling_delta.sources import file_size, is_directory, link_target, list_directory, read_file
+from bayling_delta.strict_json import load_strict
+
+__all__ = ["Staging", "output_problems", "partial_path", "remove_remnant", "staged_directory", "staged_files"]
+
+_LONGEST_NAME: Final = 255
+"""Bytes; what nearly all file systems allow."""
+_OWN: Final = {"lock", "journal", "journal.new", "model"}
+_OWNER_CAP: Final = 4096
+_ELSEWHERE: Final = "choose another output, or move it away"
+
+
+@dataclass(slots=True)
+class Staging:
+    """A directory that is not finished, and is locked by this run."""
+
+    directory: Path
+    keep: bool = False
+    """Whether it stays if the run fails."""
+
+    @property
+    def model(self) -> Path:
+        """What will be renamed."""
+        return self.directory / "model"
+
+    @property
+    def journal(self) -> Path:
+        """Where it is written down what is finished."""
+        return self.directory / "journal"
+
+    def files(self) -> list[str]:
+        """The names of what was made so far.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with reported(self.model):
+            return sorted(system.calls.list_directory(self.model))
+
+    def put(self, name: str, directory: Path) -> None:
+        """Move a file that was made to where it belongs, in place of one that may be there.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with reported(directory / name):
+            system.calls.replace(self.model / name, directory / name)
+            system.calls.sync_directory(directory)
+
+    def discard(self, name: str) -> None:
+        """Remove a file that was made, or was begun.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with reported(self.model / name):
+            system.calls.remove_file(self.model / name)
+
+
+def partial_path(target: Path) -> Path:
+    """Where a directory grows before it has its name."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def output_problems(target: Path, needed_bytes: int, *, mending: bool = False) -> list[Problem]:
+    """What keeps a directory of this size from being made, or finished, as far as can be seen without trying.
+
+    ``mending`` is of one that exists, beside which so many bytes are needed.
+    """
+    if target.name in ("", ".."):
+        return [Problem("output_exists", str(target), "exists, and nothing is replaced; choose a name for the output")]
+    if len(os.fsencode(partial_path(target).name)) > _LONGEST_NAME:
+        return [Problem("output_place", str(target)[:80] + "…", "is too long a name for a file system")]
+    problems: list[Problem] = []
+    if system.calls.exists(target) and not mending:
+        message = "exists, and nothing is replaced; choose another name or move it away"
+        problems.append(Problem("output_exists", str(target), message))
+    partial = partial_path(target)
+    there = 0
+    if system.calls.exists(partial):
+        if obstacle := _obstacle(partial):
+            problems.append(Problem("output_exists", str(partial), obstacle))
+        else:
+            there = _bytes_in(partial / "model")
+    try:
+        if not stat.S_ISDIR(system.calls.stat(target.parent).st_mode):
+            what = f"cannot be made: {target.parent} is not a directory"
+            return [*problems, Problem("output_place", str(target), what)]
+        free = system.calls.free_bytes(target.parent)
+    except OSError as error:
+        reason = error.strerror or "unknown"
+        message = f"cannot hold the output ({reason}); make the directory first, or choose another place"
+        problems.append(Problem("output_place", str(target.parent), message))
+        return problems
+    if free + there < needed_bytes:
+        message = (
+            f"has {free / 1e9:,.2f} GB free, the output needs {(needed_bytes - there) / 1e9:,.2f} GB; "
+            "make room, or choose another place"
+        )
+        problems.append(Problem("disk_space", str(target.parent), message))
+    return problems
+
+
+def _bytes_in(model: Path) -> int:
+    """What is written already of an unfinished output."""
+    if not is_directory(model):
+        return 0
+    return sum(file_size(model / name) or 0 for name in list_directory(model))
+
+
+def _obstacle(partial: Path) -> str | None:
+    """Why what lies in the place of an unfinished output cannot be taken up; None if it can. Changes nothing."""
+    try:
+        if stranger := _stranger(partial):
+            return stranger
+        if not system.calls.exists(partial / "lock"):
+            return None
+        handle = system.calls.open_update(partial / "lock")
+        try:
+            return None if system.calls.lock(handle) else _busy(partial)
+        finally:
+            system.calls.close(handle)
+    except OSError as error:
+        return f"cannot be taken up ({error.strerror or 'unknown'}); {_ELSEWHERE}"
+
+
+def _stranger(partial: Path) -> str | None:
+    """Why this is no directory of ours; None if it is one, or empty."""
+    not_ours = f"exists, and is not an unfinished output of this program; {_ELSEWHERE}"
+    if link_target(partial) or not is_directory(partial):
+        return not_ours
+    names = set(system.calls.list_directory(partial))
+    if not names <= _OWN or (names and "lock" not in names):
+        return not_ours
+    files = [partial / name for name in names - {"model"}]
+    if "model" in names:
+        if link_target(partial / "model") or not is_directory(partial / "model"):
+            return not_ours
+        files += [partial / "model" / name for name in system.calls.list_directory(partial / "model")]
+    return not_ours if any(link_target(path) or file_size(path) is None for path in files) else None
+
+
+def _busy(partial: Path) -> str:
+    """Who holds the lock, as far as is known."""
+    who = "another run"
+    with suppress(CheckpointError, ValueError, KeyError, TypeError):
+        owner = load_strict(read_file(partial / "lock", _OWNER_CAP))
+        who += f", process {int(owner['pid'])}, since {str(owner['started'])[:40]}"
+    return f"is being written by {who}; wait for it, or choose another output"
+
+
+@contextmanager
+def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
+    """Yield the place where a directory grows; it becomes ``target`` if the body succeeds.
+
+    What an ended run left there is there still, unless ``resume`` is false. If the body fails, all is removed, unless
+    it has set ``keep``.
+
+    Raises:
+        OutputError: it cannot be made, ``target`` exists, or another run or something else is in the place.
+    """
+    partial = partial_path(target)
+    handle = _acquire(partial)
+    staging = Staging(partial)
+    try:
+        if not resume:
+            _remove(partial, but_the_lock=True)
+        with reported(partial), suppress(FileExistsError):
+            system.calls.make_directory(staging.model)
+        yield staging
+        with reported(target):
+            system.calls.sync_directory(staging.model)
+            system.calls.rename_new(staging.model, target)
+            system.calls.sync_directory(target.parent)
+    except BaylingDeltaError as error:
+        if staging.keep and error.hint is None and system.calls.exists(staging.model):
+            error.hint = f"what is finished is in {partial}: run the command again to go on"
+        raise
+    finally:
+        if not (staging.keep and system.calls.exists(staging.model)):
+            _remove(partial)
+        system.calls.close(handle)
+
+
+@contextmanager
+def staged_files(target: Path) -> Iterator[Staging]:
+    """Yield a place beside a directory where files for it grow; in the end it is removed.
+
+    Raises:
+        OutputError: it cannot be made, or another run or something else is in the place.
+    """
+    partial = partial_path(target)
+    handle = _acquire(partial)
+    try:
+        _remove(partial, but_the_lock=True)
+        with reported(partial):
+            system.calls.make_directory(partial / "model")
+        yield Staging(partial)
+    finally:
+        _remove(partial)
+        system.calls.close(handle)
+
+
+def remove_remnant(target: Path) -> None:
+    """Remove what a run left that was ended between its last two steps: it had given the output its name."""
+    if target.name in ("", ".."):
+        return
+    partial = partial_path(target)
+    if not (system.calls.exists(target) and system.calls.exists(partial)):
+        return
+    with suppress(OSError, OutputError):
+        if not system.calls.exists(partial / "model"):
+            handle = _acquire(partial)
+            _remove(partial)
+            system.calls.close(handle)
+
+
+def _acquire(partial: Path) -> int:
+    """Make the directory, or take over what an ended run left, and hold its lock; the lock goes with the process."""
+    made = False
+    handle: int | None = None
+    try:
+        with reported(partial):
+            with suppress(FileExistsError):
+                system.calls.make_directory(partial)
+                made = True
+            if stranger := _stranger(partial):
+                raise OutputError(Problem("output_exists", str(partial), stranger))
+            path = partial / "lock"
+            try:
+                handle = system.calls.open_write(path, direct=False)
+            except FileExistsError:
+                made = False
+                handle = system.calls.open_update(path)
+            if not system.calls.lock(handle):
+                made = False
+                raise OutputError(Problem("output_exists", str(partial), _busy(partial)))
+            mine = system.calls.stat_handle(handle)
+            now = system.calls.stat(path)
+            if (mine.st_dev, mine.st_ino) != (now.st_dev, now.st_ino):  # the run that had it has just removed it
+                raise OutputError(Problem("output_exists", str(partial), "was being finished just now; run again"))
+            owner = {"pid": os.getpid(), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+            system.calls.truncate(handle, 0)
+            write_all(handle, json.dumps(owner).encode(), 0)
+    except BaseException:
+        if made:  # and nobody else has it
+            _remove(partial)
+        if handle is not None:
+            system.calls.close(handle)
+        raise
+    return handle
+
+
+def _remove(partial: Path, *, but_the_lock: bool = False) -> None:
+    """Remove what runs made, and only that: two levels of files of their own, the lock last."""
+    model = partial / "model"
+    with suppress(OSError):
+        for name in system.calls.list_directory(model):
+            with suppress(OSError):
+                system.calls.remove_file(model / name)
+        system.calls.remove_directory(model)
+    for name in ("journal.new", "journal") if but_the_lock else ("journal.new", "journal", "lock"):
+        with suppress(OSError):
+            system.calls.remove_file(partial / name)
+    if not but_the_lock:
+        with suppress(OSError):
+            system.calls.remove_directory(partial)

@@ -1,0 +1,545 @@
+"""Runs that end before their end, and those that take up what they left."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from bayling_delta import apply, plan_apply, system, verify
+from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityError, OutputError
+from bayling_delta.staging import partial_path
+from bayling_delta.system import System
+from tests.meta import Size, random_model, save_meta
+from tests.pairs import assert_same, llama, load, published_sum, save, shuffled
+
+Pair = tuple[Path, Path]
+SHARD = 40_000
+"""Bytes of tensors in a file, so that the small models become several files."""
+
+
+class FullAt(System):
+    """A disk that has no room for a file of this name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.read_bytes = 0
+        self.written: set[str] = set()
+
+    def open_write(self, path: Path, *, direct: bool) -> int:
+        if path.name == self.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.written.add(path.name)
+        return super().open_write(path, direct=direct)
+
+    def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+        count = super().read_into(handle, view, offset)
+        self.read_bytes += count
+        return count
+
+
+def names_of(pair: Pair, out: Path, **options: Any) -> list[str]:
+    return [file.name for file in plan_apply(*pair, out, max_shard_size=SHARD, **options).files]
+
+
+def end_before(place: int, pair: Pair, out: Path, **options: Any) -> BaylingDeltaError:
+    """Have a run end before the file of this number is begun."""
+    name = names_of(pair, out, **options)[place]
+    with system.using(FullAt(name)), pytest.raises(OutputError, match="No space left") as ended:
+        apply(*pair, out, max_shard_size=SHARD, **options)
+    assert not out.exists()
+    return ended.value
+
+
+def facts(out: Path) -> dict[str, Any]:
+    """A manifest, without what differs between any two runs."""
+    manifest = json.loads((out / "bayling-delta.json").read_text())
+    del manifest["created"]
+    return dict(manifest)
+
+
+def in_order(place: Path) -> Pair:
+    return save(place / "base", llama(1), shards=3), save(place / "delta", llama(2, 0.01), shards=2)
+
+
+def out_of_order(place: Path) -> Pair:
+    base = llama(1)
+    return save(place / "base", base, shards=3, order=shuffled(base)), save(place / "delta", llama(2, 0.01), shards=2)
+
+
+def listed(place: Path) -> Pair:
+    """An out-of-order base with a list of digests beside it, for which it is read once more."""
+    base, delta = out_of_order(place)
+    names = sorted(path.name for path in base.glob("*.bin"))
+    sums = subprocess.run(["sha256sum", *names], cwd=base, check=True, capture_output=True, text=True).stdout
+    (base / "SHA256SUMS").write_text(sums)
+    md5 = subprocess.run(["md5sum", *names], cwd=base, check=True, capture_output=True, text=True).stdout
+    (base / "checklist.chk").write_text(md5)
+    return base, delta
+
+
+def from_safetensors(place: Path) -> Pair:
+    return save(place / "base", llama(1), container="safetensors"), save(place / "delta", llama(2, 0.01), shards=4)
+
+
+KINDS = [in_order, out_of_order, listed, from_safetensors]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return in_order(tmp_path)
+
+
+# the same comes out
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_run_that_is_taken_up_makes_the_same(tmp_path: Path, make: Callable[[Path], Pair]) -> None:
+    pair = make(tmp_path)
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    count = len(names_of(pair, tmp_path / "out"))
+    assert count > 3
+    for place in range(1, count):
+        out = tmp_path / f"out-{place}"
+        ended = end_before(place, pair, out)
+        assert ended.hint == (
+            f"{place} of {count} weight files are finished, in {partial_path(out)}: run the command again to go on"
+        )
+        kept = {path.name: path.stat() for path in (partial_path(out) / "model").iterdir()}
+        assert len(kept) == place
+        told: list[str] = []
+        world = FullAt("")
+        with system.using(world):
+            apply(*pair, out, max_shard_size=SHARD, tell=told.append)
+        assert any(f"{place} of {count} weight files were finished by an earlier run" in text for text in told)
+        assert not world.written & kept.keys()
+        assert {name: (out / name).stat().st_mtime_ns for name in kept} == {
+            name: status.st_mtime_ns for name, status in kept.items()
+        }
+        assert facts(out) == facts(tmp_path / "whole")
+        assert_same(load(out), published_sum(llama(1), llama(2, 0.01)))
+        assert not partial_path(out).exists()
+        verify(out)
+
+
+def test_a_run_on_meta_parts_is_taken_up(tmp_path: Path) -> None:
+    size = Size()
+    base = save_meta(tmp_path / "base", random_model(size), size, parts=2)
+    delta = save(tmp_path / "delta", llama(2, 0.01, rotary=False), config=size.config)
+    apply(base, delta, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(2, (base, delta), tmp_path / "out")
+    apply(base, delta, tmp_path / "out", max_shard_size=SHARD)
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_a_run_ends_twice(tmp_path: Path, pair: Pair) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(1, pair, tmp_path / "out")
+    end_before(3, pair, tmp_path / "out")
+    end_before(3, pair, tmp_path / "out")  # nothing new is finished, and nothing is lost
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_inputs_that_were_read_to_their_end_and_are_done_with_are_not_read_again(tmp_path: Path, pair: Pair) -> None:
+    names = names_of(pair, tmp_path / "out")
+    whole = FullAt("")
+    with system.using(whole):
+        apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(len(names) - 1, pair, tmp_path / "out")
+    rest = FullAt("")
+    with system.using(rest):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    finished = sum((tmp_path / "out" / name).stat().st_size for name in names[:-1])
+    inputs = sum(path.stat().st_size for side in pair for path in side.glob("*.bin"))
+    assert rest.read_bytes - finished < whole.read_bytes - inputs / 3
+
+
+def test_a_result_that_only_lacks_its_name_is_not_made_again(tmp_path: Path, pair: Pair) -> None:
+    with pytest.raises(IntegrityError, match="expected was") as ended:
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD, expect="0" * 64)
+    count = len(names_of(pair, tmp_path / "out"))
+    assert ended.value.hint is not None
+    assert f"{count} of {count} weight files" in ended.value.hint
+    world = FullAt("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert not [name for name in world.written if name.startswith("model") and name.endswith(".safetensors")]
+    assert_same(load(tmp_path / "out"), published_sum(llama(1), llama(2, 0.01)))
+
+
+def test_start_over(tmp_path: Path, pair: Pair) -> None:
+    end_before(2, pair, tmp_path / "out")
+    world = FullAt("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD, resume=False)
+    assert set(names_of(pair, tmp_path / "other")) <= world.written
+
+
+# what must be as it was
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES: list[tuple[str, Callable[[Path], None], dict[str, Any], str]] = [
+    ("another base", lambda place: touch(place / "base" / "pytorch_model-00002-of-00003.bin"), {},
+        "the base has changed: pytorch_model-00002-of-00003.bin"),
+    ("another delta", lambda place: touch(place / "delta" / "pytorch_model-00001-of-00002.bin"), {},
+        "the delta has changed: pytorch_model-00001-of-00002.bin"),
+    ("other shards", lambda _: None, {"max_shard_size": 2 * SHARD}, "the result's files are others now"),
+    ("another dtype", lambda _: None, {"dtype": "F32"}, "the result's files are others now"),
+    ("another recipe", lambda _: None, {"recipe": "vicuna-v0", "allow": ["vocabulary"]},
+        "the recipe was plain, and is vicuna-v0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "options", "words"), [row[1:] for row in CHANGES], ids=[row[0] for row in CHANGES])
+def test_a_change_is_told_and_nothing_is_lost(
+    tmp_path: Path, pair: Pair, change: Callable[[Path], None], options: dict[str, Any], words: str
+) -> None:
+    end_before(2, pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file() and path.name != "lock"}
+    change(tmp_path)
+    with pytest.raises(OutputError) as refused:
+        apply(*pair, tmp_path / "out", **({"max_shard_size": SHARD} | options))
+    (problem,) = refused.value.problems
+    assert problem.kind == "unfinished"
+    assert problem.where == str(partial)
+    assert words in problem.message
+    assert "--no-resume starts over" in problem.message
+    assert {path: path.read_bytes() for path in before} == before
+    apply(*pair, tmp_path / "out", **({"max_shard_size": SHARD} | options), resume=False)
+
+
+def test_options_that_decide_no_bytes_may_change(tmp_path: Path, pair: Pair) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(2, pair, tmp_path / "out", threads=1, memory_limit=1 << 18)
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD, direct=False)
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+# what is not trusted
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda path: flip(path, -1), lambda path: flip(path, 20), lambda path: flip(path, 0), cut, Path.unlink],
+    ids=["tensor", "header", "length", "short", "absent"],
+)
+def test_a_finished_file_that_is_not_as_it_was_is_made_again(
+    tmp_path: Path, pair: Pair, spoil: Callable[[Path], None]
+) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(3, pair, tmp_path / "out")
+    name = names_of(pair, tmp_path / "other")[1]
+    spoil(partial_path(tmp_path / "out") / "model" / name)
+    world = FullAt("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert name in world.written
+    assert names_of(pair, tmp_path / "other")[0] not in world.written
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/passwd", "lock", "model.safetensors", "", 7, None])
+def test_a_journal_is_read_as_if_anybody_had_written_it(tmp_path: Path, pair: Pair, name: object) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(2, pair, tmp_path / "out")
+    journal = partial_path(tmp_path / "out") / "journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    entry = json.loads(next(line for line in lines[1:] if '"file"' in line)) | {"name": name}
+    journal.write_text("".join([lines[0], json.dumps(entry) + "\n", *lines[1:]]))
+    (tmp_path / "victim").write_text("mine")
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_digests_in_a_journal_are_not_believed(tmp_path: Path, pair: Pair) -> None:
+    """Those of tensors, which no file's digest would contradict."""
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(2, pair, tmp_path / "out")
+    journal = partial_path(tmp_path / "out") / "journal"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    entry = next(line for line in lines if line.get("finished") == "file")
+    entry["tensors"][next(iter(entry["tensors"]))] = "0" * 64
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [-1, -30, -400])
+def test_a_journal_that_was_cut_short(tmp_path: Path, pair: Pair, size: int) -> None:
+    end_before(3, pair, tmp_path / "out")
+    journal = partial_path(tmp_path / "out") / "journal"
+    journal.write_bytes(journal.read_bytes()[:size])
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert_same(load(tmp_path / "out"), published_sum(llama(1), llama(2, 0.01)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"schema": 1, "schema": 2}\n', "\0" * 5000 + "\n", "{}\n"])
+def test_a_journal_without_a_head_is_refused(tmp_path: Path, pair: Pair, text: str) -> None:
+    end_before(2, pair, tmp_path / "out")
+    (partial_path(tmp_path / "out") / "journal").write_text(text)
+    with pytest.raises(OutputError, match="--no-resume starts over") as refused:
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert [problem.kind for problem in refused.value.problems] == ["unfinished"]
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD, resume=False)
+
+
+@pytest.mark.parametrize("what", ["link to a directory", "link in it", "directory in it", "pipe in it", "no lock"])
+def test_a_directory_that_is_not_ours_is_neither_taken_up_nor_removed(tmp_path: Path, pair: Pair, what: str) -> None:
+    partial = partial_path(tmp_path / "out")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").write_text("mine")
+    if what == "link to a directory":
+        partial.symlink_to("victim")
+    else:
+        (partial / "model").mkdir(parents=True)
+        (partial / "lock").touch()
+        name = "model.safetensors"
+        if what == "link in it":
+            (partial / "model" / name).symlink_to(tmp_path / "victim" / "mine")
+        elif what == "directory in it":
+            (partial / "model" / name).mkdir()
+        elif what == "pipe in it":
+            os.mkfifo(partial / "model" / name)
+        else:
+            (partial / "lock").unlink()
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="is not an unfinished output of this program"):
+            apply(*pair, tmp_path / "out", resume=resume)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "victim" / "mine").read_text() == "mine"
+
+
+# inputs that prove to be wrong
+
+
+def test_what_was_made_from_a_damaged_file_is_dropped_and_the_rest_is_kept(tmp_path: Path, pair: Pair) -> None:
+    """The last shard of the base has one wrong bit; when it has been fetched again, only its part is made again."""
+    good = tmp_path / "good"
+    good.mkdir()
+    apply(*pair, good / "out", max_shard_size=SHARD)
+    last = pair[0] / "pytorch_model-00003-of-00003.bin"
+    data = last.read_bytes()
+    place = data.index(llama(1)["lm_head.weight"].numpy().tobytes()) + 5
+    flip(last, place)
+    with pytest.raises(IntegrityError, match="CRC-32") as ended:
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert ended.value.hint is not None
+    kept = {path.name for path in (partial_path(tmp_path / "out") / "model").iterdir()}
+    assert kept
+    spoilt = {
+        file.name
+        for file in plan_apply(*pair, tmp_path / "other", max_shard_size=SHARD).files
+        for tensor in file.tensors
+        if tensor.base is not None and tensor.base.views[0].file == last
+    }
+    assert not kept & spoilt
+    last.write_bytes(data)
+    world = FullAt("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert not world.written & kept
+    assert facts(tmp_path / "out") == facts(good / "out")
+
+
+def test_an_input_that_was_digested_and_has_changed_unseen_is_noticed(tmp_path: Path) -> None:
+    """Where something is still to be made of it, it is read again."""
+    pair = (
+        save(tmp_path / "base", llama(1), container="safetensors"),
+        save(tmp_path / "delta", llama(2, 0.01), container="safetensors"),
+    )
+    with pytest.raises(IntegrityError):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD, expect="0" * 64)
+    name = names_of(pair, tmp_path / "other")[0]
+    (partial_path(tmp_path / "out") / "model" / name).unlink()
+    file = pair[0] / "model.safetensors"
+    status = file.stat()
+    flip(file, -1)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert not (tmp_path / "out").exists()
+
+
+# dying at any moment
+
+DYING = """
+import hashlib, json, os, signal, sys
+from pathlib import Path
+from bayling_delta import apply, system
+from bayling_delta.errors import BaylingDeltaError
+import bayling_delta.resuming, bayling_delta.hub, huggingface_hub, numkong  # once, before the forks
+
+CHANGES = ("open_write open_update write_from preallocate truncate sync sync_directory close make_directory "
+           "remove_file remove_directory rename_new replace").split()
+
+class Dying(system.System):
+    def __init__(self, number):
+        self.left = number
+        for name in CHANGES:
+            setattr(self, name, self.counted(getattr(super(), name)))
+
+    def counted(self, call):
+        def counting(*arguments, **options):
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+        return counting
+
+base, delta, place = map(Path, sys.argv[1:4])
+
+def run(number, out):
+    child = os.fork()
+    if not child:
+        with system.using(Dying(number)):
+            apply(base, delta, out, max_shard_size=90_000, memory_limit=1 << 20)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def state(out):
+    manifest = json.loads((out / "bayling-delta.json").read_text())
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
+    del manifest["created"]
+    return manifest
+
+run(0, place / "whole")
+wanted = state(place / "whole")
+number, step = 0, int(sys.argv[4])
+deaths = 0
+while True:
+    number += step
+    out = place / f"out-{number}"
+    code = run(number, out)
+    if out.exists():
+        assert state(out) == wanted
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    deaths += 1
+    if out.exists():
+        try:
+            apply(base, delta, out)
+        except BaylingDeltaError:
+            pass
+    else:
+        if number % 3 == 0:
+            run(1 + number % 11, out)  # it dies once more, soon
+        if not out.exists():
+            assert run(0, out) == 0
+    assert state(out) == wanted
+    assert [path.name for path in place.iterdir() if path.name.startswith(out.name)] == [out.name]
+print(deaths)
+"""
+"""A run dies at its n-th change of the disk, for every n until one needs no more; it is taken up, and may die again."""
+
+
+@pytest.mark.parametrize(
+    ("make", "step"),
+    [(in_order, 2), pytest.param(in_order, 1, marks=pytest.mark.long), pytest.param(listed, 1, marks=pytest.mark.long)],
+)
+def test_a_run_dies_at_every_change_of_the_disk(tmp_path: Path, make: Callable[[Path], Pair], step: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DYING, *map(str, make(tmp_path)), str(tmp_path), str(step)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * step > 50
+
+
+@pytest.mark.long
+def test_200_runs_are_killed_at_random_moments(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """The program itself, with kill -9; each time a second run, or a third, ends the work."""
+    pair = in_order(tmp_path)
+    inputs = ("--base", str(pair[0]), "--delta", str(pair[1]), "--max-shard-size", "40kB", "--quiet")
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "bayling_delta", "apply", *inputs, "--out", str(out)]
+        return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    usual = time.monotonic() - began
+    random = Random(7)
+    killed = resumed = 0
+    for number in range(200):
+        out = tmp_path / f"out-{number}"
+        for _ in range(2):
+            process = start(out)
+            time.sleep(random.uniform(0.2, 1.05) * usual)
+            process.kill()
+            killed += process.wait() != 0
+            if out.exists():
+                break
+            resumed += bool(list(partial_path(out).glob("model/*")))
+        if not out.exists():
+            assert start(out).wait() == 0
+        verify(out)
+        assert facts(out) == facts(tmp_path / "whole")
+        if partial_path(out).exists():  # killed between the last two steps
+            assert not (partial_path(out) / "model").exists()
+        shutil.rmtree(out)
+    record_property("killed", killed)
+    record_property("left something to go on with", resumed)
+    assert killed >= 200
+
+
+def test_what_was_left_when_only_the_last_step_was_missing_is_removed(tmp_path: Path, pair: Pair) -> None:
+    apply(*pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    (partial / "lock").touch()
+    (partial / "journal").write_text("{}\n")
+    with pytest.raises(OutputError, match="nothing is replaced"):
+        apply(*pair, tmp_path / "out")
+    assert not partial.exists()
+
+
+def test_a_lock_that_a_dead_run_left_does_not_block(tmp_path: Path, pair: Pair) -> None:
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    (partial / "lock").write_text('{"pid": 1, "started": "2026-01-01T00:00:00+00:00"}')
+    apply(*pair, tmp_path / "out")
+    assert not partial.exists()
+
+
+def test_float32_is_taken_up_too(tmp_path: Path) -> None:
+    pair = (
+        save(tmp_path / "base", llama(1, dtype=torch.float32)),
+        save(tmp_path / "delta", llama(2, 0.01, dtype=torch.float32)),
+    )
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD, dtype="BF16")
+    end_before(2, pair, tmp_path / "out", dtype="BF16")
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD, dtype="BF16")
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
