@@ -21,6 +21,7 @@ __all__ = [
     "open_checkpoint",
     "plan_apply",
     "record",
+    "repair",
     "verify",
     "weights_digest",
 ]
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from bayling_delta.recording import record
     from bayling_delta.release_entry import Release
     from bayling_delta.releases import Registry, load_releases
+    from bayling_delta.repairing import repair
     from bayling_delta.tensors import TensorRef
     from bayling_delta.verifying import verify
 
@@ -55,6 +57,7 @@ _HOMES = {
     "open_checkpoint": "checkpoint",
     "plan_apply": "applying",
     "record": "recording",
+    "repair": "repairing",
     "verify": "verifying",
     "weights_digest": "manifest",
 }

@@ -330,6 +330,52 @@ def verify(
 
 @commands.command()
 @click.argument("model", type=_PATH)
+@click.option("--base", type=_PATH, required=True, help="The base that it was made of.")
+@click.option("--delta", type=_PATH, required=True, help="The delta that it was made of.")
+@click.option("--device", type=Device(), default="cpu", show_default=True, help="Where to add: cpu, cuda, cuda:N.")
+@_registry
+@_working
+@_common
+def repair(
+    model: Path,
+    base: Path,
+    delta: Path,
+    device: str,
+    registry: tuple[Path, ...],
+    memory_limit: int,
+    threads: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make the damaged files of a rebuilt model anew, and no others.
+
+    What is damaged or missing is seen by the manifest beside MODEL. Only what those files are made of is read of BASE
+    and DELTA. A file is replaced only by one that has the manifest's digest; if one of them does not come out so,
+    nothing is touched. In the end the whole model is verified.
+
+    \b
+    Examples:
+      bayling-delta repair bayling-7b --base llama-7b --delta bayling-7b-diff
+    """  # noqa: D301  # click looks for the character
+    from bayling_delta import repairing
+
+    with _progress("repair", quiet) as progress:
+        document = repairing.repair(
+            model,
+            base=base,
+            delta=delta,
+            memory_limit=memory_limit,
+            threads=threads,
+            device=device,
+            registry=registry,
+            tell=_note(quiet),
+            progress=progress,
+        )
+    _show(document, report.repaired_text(document, model), as_json=as_json, quiet=quiet)
+
+
+@commands.command()
+@click.argument("model", type=_PATH)
 @click.option("-o", "--output", type=_PATH, help="The file to write the manifest to; it must not exist yet.")
 @_working
 @_common

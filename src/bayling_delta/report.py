@@ -19,6 +19,7 @@ __all__ = [
     "recorded_text",
     "release_text",
     "releases_text",
+    "repaired_text",
     "size_text",
     "to_json",
     "usage_document",
@@ -133,6 +134,14 @@ def verified_text(document: dict[str, Any], model: Path) -> str:
     if document["loaded"]:
         rows.append(("loads", f"{document['loaded']['architecture']} on {document['loaded']['device']}"))
         rows.append(("says", document["loaded"]["generated"]))
+    return _table(rows)
+
+
+def repaired_text(document: dict[str, Any], model: Path) -> str:
+    """What ``repair`` says."""
+    rows = [("model", str(model)), ("weights digest", document["weights_digest"])]
+    rows.append(("repaired", ", ".join(document["repaired"]) or "nothing; every file is as it should be"))
+    rows += [("matches", f"{entry['against']} ({entry['what']})") for entry in document["compared"]]
     return _table(rows)
 
 

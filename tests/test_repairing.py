@@ -1,0 +1,247 @@
+"""Damaged models, made anew where they are damaged and nowhere else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bayling_delta import apply, repair, system, verify
+from bayling_delta.errors import BaylingDeltaError, IntegrityError, MismatchError, NoRecordError, OutputError
+from bayling_delta.staging import partial_path
+from bayling_delta.system import System
+from tests.pairs import CONFIG, llama, save
+
+SHARD = 40_000
+
+
+class Census(System):
+    """Counts what is read of each file, and notes what is put in place of what."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, int] = {}
+        self.replaced: list[str] = []
+        self._paths: dict[int, Path] = {}
+
+    def open_read(self, path: Path, *, direct: bool) -> int:
+        handle = super().open_read(path, direct=direct)
+        self._paths[handle] = path
+        return handle
+
+    def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+        count = super().read_into(handle, view, offset)
+        name = str(self._paths[handle])
+        self.read[name] = self.read.get(name, 0) + count
+        return count
+
+    def replace(self, old: Path, new: Path) -> None:
+        self.replaced.append(new.name)
+        super().replace(old, new)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A base, a delta with a tokenizer, and their sum in several files."""
+    save(tmp_path / "base", llama(1), shards=3)
+    delta = save(tmp_path / "delta", llama(2, 0.01), shards=2)
+    (delta / "tokenizer.model").write_bytes(b"\x0a\x00not really")
+    (delta / "generation_config.json").write_text('{"bos_token_id": 1}')
+    apply(tmp_path / "base", delta, tmp_path / "model", max_shard_size=SHARD)
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def mend(place: Path, **options: Any) -> dict[str, Any]:
+    return repair(place / "model", base=place / "base", delta=place / "delta", **options)
+
+
+def flip(path: Path, offset: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def shard(model: Path, number: int) -> Path:
+    return sorted(model.glob("model-*.safetensors"))[number]
+
+
+WRONG: list[tuple[str, Callable[[Path], Path]]] = [
+    ("a tensor", lambda model: changed(shard(model, 1))),
+    ("a header", lambda model: changed(shard(model, 2), 30)),
+    ("a length", lambda model: changed(shard(model, 0), 0)),
+    ("cut off", lambda model: cut(shard(model, 1))),
+    ("longer", lambda model: longer(shard(model, 1))),
+    ("no weights", lambda model: absent(shard(model, 3))),
+    ("empty", lambda model: emptied(shard(model, 3))),
+    ("index", lambda model: changed(model / "model.safetensors.index.json", 40)),
+    ("no index", lambda model: absent(model / "model.safetensors.index.json")),
+    ("configuration", lambda model: changed(model / "config.json", 10)),
+    ("tokenizer", lambda model: changed(model / "tokenizer.model")),
+    ("card", lambda model: absent(model / "README.md")),
+    ("list", lambda model: changed(model / "SHA256SUMS", 3)),
+    ("no list", lambda model: absent(model / "SHA256SUMS")),
+]
+
+
+def changed(path: Path, offset: int = -1) -> Path:
+    flip(path, offset)
+    return path
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def longer(path: Path) -> Path:
+    path.write_bytes(path.read_bytes() + b"\0")
+    return path
+
+
+def absent(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+def emptied(path: Path) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize("spoil", [row[1] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_what_is_damaged_is_made_anew(place: Path, spoil: Callable[[Path], Path]) -> None:
+    good = contents(place / "model")
+    times = {path.name: path.stat().st_mtime_ns for path in (place / "model").iterdir()}
+    spoilt = spoil(place / "model")
+    if spoilt.name != "SHA256SUMS" or spoilt.exists():  # a model without that list is as good as its manifest
+        with pytest.raises(BaylingDeltaError):
+            verify(place / "model")
+    world = Census()
+    with system.using(world):
+        document = mend(place)
+    assert document["repaired"] == [spoilt.name]
+    assert world.replaced == [spoilt.name]
+    assert contents(place / "model") == good
+    for path in (place / "model").iterdir():
+        assert path == spoilt or path.stat().st_mtime_ns == times[path.name]
+    assert not partial_path(place / "model").exists()
+    assert document["weights_digest"] == verify(place / "model")["weights_digest"]
+
+
+def test_several_at_once(place: Path) -> None:
+    good = contents(place / "model")
+    spoilt = [
+        changed(shard(place / "model", 0)),
+        absent(shard(place / "model", 2)),
+        changed(place / "model/config.json", 9),
+    ]
+    assert set(mend(place)["repaired"]) == {path.name for path in spoilt}
+    assert contents(place / "model") == good
+
+
+def test_a_sound_model_is_left_alone(place: Path) -> None:
+    world = Census()
+    with system.using(world):
+        document = mend(place)
+    assert document["repaired"] == []
+    assert world.replaced == []
+    assert not any("base" in name for name in world.read), "nothing of the inputs is needed"
+
+
+def test_no_more_of_the_inputs_is_read_than_is_needed(place: Path) -> None:
+    flip(shard(place / "model", 0))
+    mending, making = Census(), Census()
+    with system.using(mending):
+        mend(place)
+    with system.using(making):
+        apply(place / "base", place / "delta", place / "again", max_shard_size=SHARD)
+    last = place / "base" / "pytorch_model-00003-of-00003.bin"
+    assert mending.read[str(last)] < making.read[str(last)] - last.stat().st_size / 2
+
+
+# nothing is touched
+
+
+def refused(place: Path, error: type[BaylingDeltaError], words: str, **options: Any) -> None:
+    before = contents(place / "model")
+    with pytest.raises(error, match=words):
+        mend(place, **options)
+    assert contents(place / "model") == before
+    assert not partial_path(place / "model").exists()
+
+
+def test_another_base_mends_nothing(place: Path) -> None:
+    flip(shard(place / "model", 1))
+    absent(place / "model" / "config.json")
+    shutil.rmtree(place / "base")
+    save(place / "base", llama(7), shards=3)
+    refused(place, IntegrityError, "made anew, its SHA-256 is .*nothing was touched")
+
+
+def test_a_base_of_another_size_mends_nothing(place: Path) -> None:
+    flip(shard(place / "model", 1))
+    for side in ("base", "delta"):
+        shutil.rmtree(place / side)
+        state = {name: tensor for name, tensor in llama(1).items() if "layers.1" not in name}
+        save(place / side, state, config=CONFIG | {"num_hidden_layers": 1})
+    refused(place, MismatchError, "would have other files than")
+
+
+def test_without_a_manifest_nothing_can_be_mended(place: Path) -> None:
+    absent(place / "model" / "bayling-delta.json")
+    refused(place, NoRecordError, "there is no manifest in it")
+
+
+def test_a_manifest_of_a_recorded_model_says_nothing_of_how_to_make_it(place: Path) -> None:
+    from bayling_delta import record
+
+    (place / "model" / "bayling-delta.json").write_text(json.dumps(record(place / "model")))
+    refused(place, NoRecordError, "not of a model that this version rebuilt")
+
+
+def test_a_stray_weight_file_is_the_users_to_remove(place: Path) -> None:
+    flip(shard(place / "model", 1))
+    torch.save({}, place / "model" / "pytorch_model.bin")
+    refused(place, IntegrityError, "does not belong to this model")
+
+
+def test_a_companion_that_the_delta_no_longer_has(place: Path) -> None:
+    absent(place / "model" / "tokenizer.model")
+    absent(place / "delta" / "tokenizer.model")
+    refused(place, IntegrityError, r"tokenizer.model: is not made from base and delta")
+
+
+def test_a_damaged_input_mends_nothing(place: Path) -> None:
+    flip(shard(place / "model", 0))
+    embedding = llama(1)["model.embed_tokens.weight"].numpy().tobytes()
+    file = place / "base" / "pytorch_model-00001-of-00003.bin"
+    flip(file, file.read_bytes().index(embedding) + 3)
+    refused(place, IntegrityError, "CRC-32 is wrong")
+
+
+def test_a_full_disk_mends_nothing(place: Path) -> None:
+    class Full(System):
+        def write_from(self, handle: int, view: memoryview, offset: int) -> int:
+            if len(view) > 4096:
+                raise OSError(28, "No space left on device")
+            return super().write_from(handle, view, offset)
+
+    flip(shard(place / "model", 0))
+    with system.using(Full()):
+        refused(place, OutputError, "No space left on device")
+
+
+def test_one_repair_at_a_time(place: Path) -> None:
+    from bayling_delta.staging import staged_files
+
+    flip(shard(place / "model", 0))
+    before = contents(place / "model")
+    with staged_files(place / "model"), pytest.raises(OutputError, match="is being written by another run"):
+        mend(place)
+    assert contents(place / "model") == before
