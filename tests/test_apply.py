@@ -13,7 +13,14 @@ import torch
 from safetensors import safe_open
 
 from bayling_delta import apply, system
-from bayling_delta.errors import CheckpointError, IntegrityError, MismatchError, OutputError, UsageError
+from bayling_delta.errors import (
+    BaylingDeltaError,
+    CheckpointError,
+    IntegrityError,
+    MismatchError,
+    OutputError,
+    UsageError,
+)
 from bayling_delta.staging import partial_path
 from tests.pairs import CONFIG, StateDict, assert_same, llama, load, published_sum, save, shuffled
 
@@ -468,6 +475,43 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, pair: Pair) -> None
     with system.using(SmallDisk()), pytest.raises(OutputError, match="GB free, the output needs"):
         apply(*pair, tmp_path / "out")
     assert nothing_left(tmp_path / "out")
+
+
+class FewFiles(system.System):
+    def free_files(self, path: Path) -> int:  # noqa: ARG002
+        return 12
+
+
+class SmallFiles(system.System):
+    def largest_file(self, path: Path) -> int:  # noqa: ARG002
+        return 60_000
+
+
+@pytest.mark.parametrize(
+    ("disk", "words"),
+    [
+        (FewFiles, r"has room for 12 more files \(inodes\), the output needs 1\d; remove some"),
+        (SmallFiles, "files of 60,000 bytes at most, .* would have one of .*; --max-shard-size makes them smaller"),
+    ],
+)
+def test_a_disk_that_cannot_have_the_files_is_refused(
+    tmp_path: Path, pair: Pair, disk: type[system.System], words: str
+) -> None:
+    with system.using(disk()), pytest.raises(OutputError, match=words) as refused:
+        apply(*pair, tmp_path / "out")
+    assert [problem.kind for problem in refused.value.problems] == ["disk_space"]
+    assert nothing_left(tmp_path / "out")
+    with system.using(SmallFiles()):
+        apply(*pair, tmp_path / "out", max_shard_size=50_000)
+
+
+def test_the_room_is_told_with_all_else(tmp_path: Path) -> None:
+    state = llama(2, 0.01)
+    del state["lm_head.weight"]
+    pair = save(tmp_path / "base", llama(1)), save(tmp_path / "delta", state)
+    with system.using(SmallFiles()), pytest.raises(BaylingDeltaError) as refused:
+        apply(*pair, tmp_path / "out")
+    assert {problem.kind for problem in refused.value.problems} == {"disk_space", "missing_tensor"}
 
 
 def test_another_digest_than_expected_is_no_model(tmp_path: Path, pair: Pair, digest: str) -> None:

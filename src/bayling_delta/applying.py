@@ -189,6 +189,7 @@ def _prepare(
                 else files_worth_a_digest(checkpoint, identities[role], known)
             )
         },
+        out=out,
         also=problems,
         allowed=allow,
     )

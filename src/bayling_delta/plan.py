@@ -1,7 +1,7 @@
 """What a run will do, decided in full before a byte is written: pairs, output files, reads, memory.
 
-Everything here is a function of headers; nothing is written, and weights are read only to see whether
-two tensors that should be one are (`tied_problem`).
+Everything here is a function of headers, and of the room that there is; nothing is written, and weights are read only
+to see whether two tensors that should be one are (`tied_problem`).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
 from bayling_delta.recipes import PLAIN, Recipe
 from bayling_delta.safetensors_format import lay_out
+from bayling_delta.staging import room_problems
 from bayling_delta.system import ALIGNMENT
 from bayling_delta.tensors import DTYPES, TensorRef
 
@@ -146,6 +147,7 @@ def make_plan(
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     model: Checkpoint | None = None,
     digest_files: Collection[Path] = (),
+    out: Path | None = None,
     also: Sequence[Problem] = (),
     allowed: Iterable[str] = (),
 ) -> Plan:
@@ -153,8 +155,8 @@ def make_plan(
 
     ``dtype`` (F16, BF16 or F32) casts the result once more. ``model`` is what the result will be compared with,
     if anything. ``digest_files`` are digested whole even where that takes a read of its own, and so are files that
-    are recorded beside base and delta, or on the Hub. ``also`` are problems found elsewhere, to be told together
-    with those found here.
+    are recorded beside base and delta, or on the Hub. ``out`` is where the files will be made, if they are. ``also``
+    are problems found elsewhere, to be told together with those found here.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
@@ -164,8 +166,6 @@ def make_plan(
     problems += [problem for side in (base, delta) if (problem := tied_problem(side))]
     problems += [problem for side in (base, delta) for problem in copy_problems(side)]
     base_records, delta_records = _records_beside(base, problems), _records_beside(delta, problems)
-    refuse(problems, allowed)
-
     model_weights = counted_weights(model) if model else {}
     tensors = [
         OutputTensor(
@@ -179,9 +179,11 @@ def make_plan(
         )
         for name, ref in in_stored_order(delta_weights)
     ]
+    files = cut_into_files(tensors, max_shard_size)
+    problems += room_problems(out, [file.size for file in files]) if out else []
+    refuse(problems, allowed)
     if model:
         refuse(model_problems(model, model_weights, tensors))
-    files = cut_into_files(tensors, max_shard_size)
     needed = [tensor for file in files for tensor in file.tensors]
     base_needed = [(tensor.name, tensor.base) for tensor in needed if tensor.base]
     base_reads = read_in_order_of(base, base_needed, *_listed(base, base_records, digest_files))

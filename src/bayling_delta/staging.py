@@ -8,7 +8,7 @@ It grows as ``NAME.partial/model`` beside its place, under a lock that goes with
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,12 +21,22 @@ from bayling_delta.files import reported, write_all
 from bayling_delta.sources import file_size, is_directory, link_target, list_directory, read_file
 from bayling_delta.strict_json import load_strict
 
-__all__ = ["Staging", "output_problems", "partial_path", "remove_remnant", "staged_directory", "staged_files"]
+__all__ = [
+    "Staging",
+    "output_problems",
+    "partial_path",
+    "remove_remnant",
+    "room_problems",
+    "staged_directory",
+    "staged_files",
+]
 
 _LONGEST_NAME: Final = 255
 """Bytes; what nearly all file systems allow."""
 _OWN: Final = {"lock", "journal", "journal.new", "model"}
 _OWNER_CAP: Final = 4096
+_OTHER_FILES: Final = 16
+"""Directories, lock and journal, and what lies beside the weights, generously."""
 _ELSEWHERE: Final = "choose another output, or move it away"
 
 
@@ -118,6 +128,31 @@ def output_problems(target: Path, needed_bytes: int, *, mending: bool = False) -
             "make room, or choose another place"
         )
         problems.append(Problem("disk_space", str(target.parent), message))
+    return problems
+
+
+def room_problems(target: Path, sizes: Sequence[int]) -> list[Problem]:
+    """What keeps weight files of these sizes from being made where a directory will be, its free space aside."""
+    where = str(target.parent)
+    try:
+        files = system.calls.free_files(target.parent)
+        largest = system.calls.largest_file(target.parent)
+    except OSError:
+        return []  # which `output_problems` tells
+    problems: list[Problem] = []
+    needed = len(sizes) + _OTHER_FILES
+    model = partial_path(target) / "model"
+    if is_directory(model):
+        needed -= len(list_directory(model))
+    if files is not None and files < needed:
+        message = f"has room for {files:,} more files (inodes), the output needs {needed:,}"
+        problems.append(Problem("disk_space", where, f"{message}; remove some, or choose another place"))
+    if largest is not None and largest < max(sizes, default=0):
+        message = (
+            f"can have files of {largest:,} bytes at most, by its file system or the limits of this process, and the "
+            f"output would have one of {max(sizes):,}; --max-shard-size makes them smaller"
+        )
+        problems.append(Problem("disk_space", where, message))
     return problems
 
 

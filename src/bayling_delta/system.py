@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 __all__ = ["ALIGNMENT", "PortableSystem", "System", "calls", "using"]
 
@@ -59,9 +60,24 @@ class System:
         return Path(os.path.realpath(path))
 
     def free_bytes(self, path: Path) -> int:
-        """What an unprivileged user may still write to the file system of ``path``."""
+        """What an unprivileged user may still write to the file system of ``path``, by its space and their quota."""
         usage = os.statvfs(path)
-        return usage.f_bavail * usage.f_frsize
+        return min([usage.f_bavail * usage.f_frsize, *(nbytes for nbytes, _ in _quotas(path) if nbytes is not None)])
+
+    def free_files(self, path: Path) -> int | None:
+        """How many files they may still make there; None where that has no limit."""
+        usage = os.statvfs(path)
+        limits = [files for _, files in _quotas(path) if files is not None]
+        return min([usage.f_favail, *limits] if usage.f_files else limits, default=None)
+
+    def largest_file(self, path: Path) -> int | None:
+        """Bytes that a file may have there, by the file system and the limits of the process; None if without end."""
+        import resource
+
+        of_process, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        of_system = _LARGEST_FILE.get(_file_system(path))
+        limits = [of_system] if of_system else []
+        return min(limits if of_process == resource.RLIM_INFINITY else [*limits, of_process], default=None)
 
     def advise_random(self, handle: int) -> None:
         """Tell the page cache that reads will jump about."""
@@ -172,6 +188,12 @@ class PortableSystem(System):
 
         return shutil.disk_usage(path).free
 
+    def free_files(self, path: Path) -> int | None:  # noqa: ARG002
+        return None
+
+    def largest_file(self, path: Path) -> int | None:  # noqa: ARG002
+        return None
+
     def advise_random(self, handle: int) -> None:
         pass
 
@@ -229,6 +251,62 @@ def _renameat2(old: Path, new: Path) -> int:
     if function(here, os.fsencode(old), here, os.fsencode(new), no_replace) == 0:
         return 0
     return ctypes.get_errno()
+
+
+_LARGEST_FILE: Final = {"msdos": (4 << 30) - 1, "vfat": (4 << 30) - 1}
+"""Bytes; by the kind of file system, those that memory cards and sticks have."""
+
+
+def _file_system(path: Path) -> str:
+    """The kind of file system that ``path`` is on, as /proc/self/mountinfo (proc(5)) names it; empty if unknown."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            mounts = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    kinds = (mount.partition(" - ")[2].split(" ")[0] for mount in mounts if mount.split(" ")[2] == number)
+    return next(kinds, "")
+
+
+class _Quota(ctypes.Structure):
+    """``struct if_dqblk`` of quotactl(2)."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("bytes_hard", "bytes_soft", "bytes_used")),
+        *((name, ctypes.c_uint64) for name in ("files_hard", "files_soft", "files_used", "bytes_time", "files_time")),
+        ("valid", ctypes.c_uint32),
+    )
+
+
+_QUOTACTL_FD: Final = 443
+"""The number of the system call quotactl_fd(2), Linux 5.14 and later, the same on every architecture but Alpha."""
+_GET_QUOTA: Final = 0x800007
+_QUOTA_BLOCK: Final = 1024
+"""Bytes: the unit of the limits, but not of what is used."""
+
+
+def _quotas(path: Path) -> list[tuple[int | None, int | None]]:
+    """Bytes and files that the quotas of this user and group leave on the file system of ``path``.
+
+    None is without limit. Empty where there are none, where the system does not say, and for root, whom none binds.
+    """
+    if os.geteuid() == 0:
+        return []
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    found: list[tuple[int | None, int | None]] = []
+    try:
+        call = ctypes.CDLL(None, use_errno=True).syscall
+        for kind, owner in enumerate((os.geteuid(), os.getegid())):
+            quota = _Quota()
+            if call(_QUOTACTL_FD, handle, _GET_QUOTA << 8 | kind, owner, ctypes.byref(quota)) == 0:
+                nbytes = max(0, quota.bytes_hard * _QUOTA_BLOCK - quota.bytes_used) if quota.bytes_hard else None
+                files = max(0, quota.files_hard - quota.files_used) if quota.files_hard else None
+                found.append((nbytes, files))
+    finally:
+        os.close(handle)
+    return found
 
 
 calls: System = System() if sys.platform == "linux" else PortableSystem()
