@@ -11,8 +11,8 @@ ORDER = """
 errors system tensors sources downloads strict_json files staging arithmetic gpu safetensors_format zip_records
 state_pickle torch_format meta_format checkpoint recipes release_entry releases manifest tokenizer_files companions
 hub expectations gathering copies sampling oddities looking suspicions reads pairing plan tally growing crew windows
-adding engine journal resuming identifying sinks model_card loading applying recording verifying repairing inspecting
-registering report cli __main__
+adding engine journal resuming identifying sinks model_card loading preparing describing applying recording verifying
+remaking repairing inspecting registering report cli __main__
 """.split()
 
 

@@ -17,7 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayling_delta import Release, apply, applying, load_releases, system, verify
+from bayling_delta import Release, apply, load_releases, preparing, system, verify
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint, open_checkpoint
 from bayling_delta.companions import COPIED, Companion, check, collect
 from bayling_delta.errors import CheckpointError, MismatchError
@@ -264,7 +264,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Known:
         def identify(checkpoint: Checkpoint, *_: object) -> Identity | None:
             return Identity(release, release.forms, "a test") if checkpoint.directory.name == "delta" else None
 
-        monkeypatch.setattr(applying, "identify", identify)
+        monkeypatch.setattr(preparing, "identify", identify)
 
     return be
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bayling_delta import apply, record, verify
-from bayling_delta.applying import plan_apply, plan_document
+from bayling_delta import apply, plan_apply, record, verify
+from bayling_delta.describing import plan_document
 from bayling_delta.errors import IntegrityError, MismatchError, NoRecordError
 from bayling_delta.inspecting import inspect_checkpoint
 from bayling_delta.registering import entry_from_manifest

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayling_delta.applying import apply, plan_apply, plan_document
+from bayling_delta import apply, plan_apply
 from bayling_delta.checkpoint import open_checkpoint
+from bayling_delta.describing import plan_document
 from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityError, MismatchError, Problem, UsageError
 from bayling_delta.gathering import read_elements
 from bayling_delta.inspecting import inspect_checkpoint

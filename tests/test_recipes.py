@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bayling_delta import apply, verify
-from bayling_delta.applying import plan_apply
+from bayling_delta import apply, plan_apply, verify
 from bayling_delta.errors import IntegrityError, MismatchError
 from bayling_delta.recipes import RECIPES
 from tests.pairs import CONFIG, StateDict, assert_same, llama, load, save

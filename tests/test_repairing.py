@@ -43,13 +43,15 @@ class Census(System):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A base, a delta with a tokenizer, and their sum in several files."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base, a delta with a tokenizer, and their sum in several files, made some years ago."""
     save(tmp_path / "base", llama(1), shards=3)
     delta = save(tmp_path / "delta", llama(2, 0.01), shards=2)
     (delta / "tokenizer.model").write_bytes(b"\x0a\x00not really")
     (delta / "generation_config.json").write_text('{"bos_token_id": 1}')
-    apply(tmp_path / "base", delta, tmp_path / "model", max_shard_size=SHARD)
+    with monkeypatch.context() as then:
+        then.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        apply(tmp_path / "base", delta, tmp_path / "model", max_shard_size=SHARD)
     return tmp_path
 
 
@@ -165,6 +167,118 @@ def test_no_more_of_the_inputs_is_read_than_is_needed(place: Path) -> None:
     assert mending.read[str(last)] < making.read[str(last)] - last.stat().st_size / 2
 
 
+# the records themselves
+
+MANIFEST = "bayling-delta.json"
+SUMS = "SHA256SUMS"
+
+
+def without_time(place: Path) -> dict[str, Any]:
+    manifest = json.loads((place / "model" / MANIFEST).read_text())
+    del manifest["created"]
+    return dict(manifest)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9999])
+@pytest.mark.parametrize("name", [MANIFEST, SUMS])
+def test_a_flipped_bit_in_a_record_is_mended(place: Path, name: str, share: float) -> None:
+    good = contents(place / "model")
+    flip(place / "model" / name, int(share * len(good[name])))
+    with pytest.raises(BaylingDeltaError):
+        verify(place / "model")
+    document = mend(place)
+    assert document["repaired"] == [name]
+    assert len(document["notes"]) == 1
+    assert contents(place / "model") == good
+
+
+def flip_in(path: Path, text: bytes, place: int = 0) -> None:
+    data = path.read_bytes()
+    flip(path, data.index(text) + place)
+
+
+@pytest.mark.parametrize("text", [b'"2', b'"apply"', b'"plain"', b'"max_shard_size": 40', b'"bayling-delta"'])
+def test_what_only_the_manifest_says_is_of_now_where_it_is_lost(place: Path, text: bytes) -> None:
+    before = without_time(place)
+    flip_in(place / "model" / MANIFEST, text, 1)
+    document = mend(place)
+    assert document["repaired"][0] == MANIFEST
+    verify(place / "model")
+    before["options"]["max_shard_size"] = after_size = without_time(place)["options"]["max_shard_size"]
+    assert after_size <= SHARD
+    assert without_time(place) == before
+
+
+def test_a_digest_of_the_manifest_that_is_wrong_in_the_list(place: Path) -> None:
+    """Both are well formed, and each vouches for every other file."""
+    good = contents(place / "model")
+    line = next(row for row in good[SUMS].splitlines() if row.endswith(MANIFEST.encode()))
+    other = line.translate(bytes.maketrans(b"01", b"10"), b"")
+    (place / "model" / SUMS).write_bytes(good[SUMS].replace(line, other))
+    document = mend(place)
+    assert document["repaired"] == [SUMS]
+    assert document["notes"] == [f"{SUMS} is written anew: {MANIFEST} vouches for every other file"]
+    assert contents(place / "model") == good
+
+
+def test_a_manifest_that_says_something_else_in_good_form_is_found_out(place: Path) -> None:
+    """No digest of its own contradicts it."""
+    good = contents(place / "model")
+    text = good[MANIFEST].decode()
+    assert '"recipe": "plain"' in text
+    (place / "model" / MANIFEST).write_text(text.replace('"recipe": "plain"', '"recipe": "alpaca"'))
+    document = mend(place)
+    assert document["repaired"] == [MANIFEST]
+    (note,) = document["notes"]
+    assert note.startswith(f"{MANIFEST} is, byte for byte, what it was: {SUMS} vouches for every other file")
+    assert contents(place / "model") == good
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "BF16"}, {"dtype": "F32", "max_shard_size": 5 * 10**9}])
+def test_a_manifest_that_is_not_there_is_written_anew(
+    place: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(place / "model")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    apply(place / "base", place / "delta", place / "model", **({"max_shard_size": SHARD} | options))
+    before, others = without_time(place), contents(place / "model")
+    absent(place / "model" / MANIFEST)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    document = mend(place)
+    assert document["repaired"] == [MANIFEST, SUMS]
+    (note,) = document["notes"]
+    assert "is written anew" in note
+    after = without_time(place)
+    assert after["options"].pop("max_shard_size") <= before["options"].pop("max_shard_size")
+    assert after == before
+    assert {name: data for name, data in contents(place / "model").items() if name not in (MANIFEST, SUMS)} == {
+        name: data for name, data in others.items() if name not in (MANIFEST, SUMS)
+    }
+    assert verify(place / "model")["ok"]
+
+
+def test_a_list_is_written_anew_with_the_files_that_the_manifest_vouches_for(place: Path) -> None:
+    good = contents(place / "model")
+    flip(shard(place / "model", 1))
+    (place / "model" / SUMS).write_bytes(b"")
+    assert set(mend(place)["repaired"]) == {shard(place / "model", 1).name, SUMS}
+    assert contents(place / "model") == good
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "README.md", "model.safetensors.index.json"])
+def test_a_manifest_is_not_written_anew_beside_another_damaged_file(place: Path, name: str) -> None:
+    flip(place / "model" / name)
+    flip(place / "model" / MANIFEST, 500)
+    refused(place, IntegrityError, name)
+
+
+def test_a_manifest_is_not_made_of_another_base(place: Path) -> None:
+    flip(place / "model" / MANIFEST, 500)
+    shutil.rmtree(place / "base")
+    save(place / "base", llama(7), shards=3)
+    refused(place, IntegrityError, "the sum made anew has .*nothing was touched")
+
+
 # nothing is touched
 
 
@@ -193,8 +307,9 @@ def test_a_base_of_another_size_mends_nothing(place: Path) -> None:
     refused(place, MismatchError, "would have other files than")
 
 
-def test_without_a_manifest_nothing_can_be_mended(place: Path) -> None:
+def test_without_a_record_nothing_can_be_mended(place: Path) -> None:
     absent(place / "model" / "bayling-delta.json")
+    absent(place / "model" / "SHA256SUMS")
     refused(place, NoRecordError, "there is no manifest in it")
 
 
@@ -202,6 +317,7 @@ def test_a_manifest_of_a_recorded_model_says_nothing_of_how_to_make_it(place: Pa
     from bayling_delta import record
 
     (place / "model" / "bayling-delta.json").write_text(json.dumps(record(place / "model")))
+    absent(place / "model" / "SHA256SUMS")
     refused(place, NoRecordError, "not of a model that this version rebuilt")
 
 

@@ -81,9 +81,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--events", action="store_true")
     options = parser.parse_args(arguments[:place])
 
-    from bayling_delta import applying, cli, engine
+    from bayling_delta import applying, cli, engine, preparing
 
-    applying._prepare = clock.around("plan", applying._prepare)  # both the plan and the run begin with it
+    planned = clock.around("plan", preparing.prepare)  # both the plan and the run begin with it
+    for module in (preparing, applying):
+        vars(module)["prepare"] = planned
     run = _undigested(engine.run) if options.no_digests else engine.run
     run = clock.around("engine", run)
     engine.run = _without_sink(run) if options.no_sink else run

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bayling_delta.applying import apply, plan_apply
+    from bayling_delta.applying import apply
     from bayling_delta.checkpoint import Checkpoint, open_checkpoint
     from bayling_delta.errors import BaylingDeltaError, Problem
     from bayling_delta.inspecting import inspect_checkpoint
@@ -55,7 +55,7 @@ _HOMES = {
     "load_releases": "releases",
     "make_plan": "plan",
     "open_checkpoint": "checkpoint",
-    "plan_apply": "applying",
+    "plan_apply": "preparing",
     "record": "recording",
     "repair": "repairing",
     "verify": "verifying",

@@ -222,7 +222,7 @@ def apply(
       bayling-delta apply --base llama-7b --delta bayling-7b-diff --out bayling-7b --dry-run
       bayling-delta apply --base llama-7b --delta ICTNLP/bayling-7b-diff --out bayling-7b
     """  # noqa: D301  # click looks for the character
-    from bayling_delta import applying
+    from bayling_delta import applying, describing, preparing
 
     started = time.monotonic()
     options: dict[str, Any] = {
@@ -242,8 +242,8 @@ def apply(
         if (tell := _note(quiet)) and (names := [name for name, given in unchecked if given]):
             tell(f"{' and '.join(names)}: needs digests, and is not checked by --dry-run")
         with _progress("check", quiet) as progress:
-            plan = applying.plan_apply(base, delta, out, **options, progress=progress)
-        document = applying.plan_document(plan)
+            plan = preparing.plan_apply(base, delta, out, **options, progress=progress)
+        document = describing.plan_document(plan)
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return
     with _progress("apply", quiet) as progress:
@@ -351,7 +351,8 @@ def repair(
 
     What is damaged or missing is seen by the manifest beside MODEL. Only what those files are made of is read of BASE
     and DELTA. A file is replaced only by one that has the manifest's digest; if one of them does not come out so,
-    nothing is touched. In the end the whole model is verified.
+    nothing is touched. A damaged manifest or SHA256SUMS is written anew where the other vouches for every other
+    file. In the end the whole model is verified.
 
     \b
     Examples:

@@ -205,6 +205,11 @@ class FileRecords:
     unrecorded: tuple[str, ...]
     """The names of files that match no record."""
 
+    @property
+    def release(self) -> Release | None:
+        """The release that the files are of, if that is known."""
+        return self.identity.release if self.identity else None
+
 
 def look_up(
     role: str, checkpoint: Checkpoint, digests: Digests, identity: Identity | None, registry: Registry

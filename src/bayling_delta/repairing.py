@@ -1,5 +1,6 @@
 """Mend a rebuilt model: make anew the files that are damaged, and those alone, from the inputs it was made of."""
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bayling_delta import companions, engine
-from bayling_delta.applying import additions_on, small_files
+from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint, WeightFile, open_checkpoint, read_table
+from bayling_delta.describing import small_files
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import Problem, refuse
-from bayling_delta.expectations import Expectation, read_manifest
+from bayling_delta.expectations import Expectation, read_manifest, read_sums
 from bayling_delta.files import copy_file, write_file
 from bayling_delta.hub import local_copies
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, small_file_entry, sums_text
@@ -21,6 +23,7 @@ from bayling_delta.recipes import RECIPES
 from bayling_delta.recording import digest_model
 from bayling_delta.release_entry import Release
 from bayling_delta.releases import load_releases
+from bayling_delta.remaking import doubt, manifest_anew
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.sources import exists, file_size, open_source, read_file
 from bayling_delta.staging import Staging, output_problems, staged_files
@@ -46,7 +49,8 @@ def repair(
 
     What is damaged is what has not the digest that the manifest beside the model says. New files grow beside the
     model, in ``MODEL.partial``; each is put in its place only if it has, read back from the disk, the manifest's
-    digest, and none is before all have. In the end the whole model is verified. ``base`` and ``delta`` may be ids of
+    digest, and none is before all have. Of the manifest and SHA256SUMS, one that is damaged is written anew where the
+    other vouches for every other file. In the end the whole model is verified. ``base`` and ``delta`` may be ids of
     the Hub; ``registry`` names files with releases of one's own. The other options are those of `apply`.
 
     Raises:
@@ -55,43 +59,89 @@ def repair(
         NoRecordError: there is no manifest of a rebuilt model.
         BaylingDeltaError: an input cannot be read or does not fit, or the output cannot be written.
     """
+    options: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads, "progress": progress}
+    making: dict[str, Any] = {**options, "direct": direct, "device": device, "registry": registry, "tell": tell}
+    reason = doubt(model)
+    if reason and tell:
+        tell(f"{model / MANIFEST_NAME}: {reason}; it is made anew, for which base and delta are added once more")
+    repaired, notes = (_mend_manifest if reason else _mend_files)(model, base, delta, **making)
+    document = verify(model, **options)
+    return {
+        "schema": "bayling-delta/repair/1",
+        "ok": True,
+        "weights_digest": document["weights_digest"],
+        "repaired": repaired,
+        "notes": notes,
+        "compared": document["compared"],
+    }
+
+
+def _mend_manifest(model: Path, base: Path, delta: Path, **making: Any) -> tuple[list[str], list[str]]:
+    """Write a damaged manifest anew; the names of what was written, and what to say of it."""
+    refuse(output_problems(model, 0, mending=True))
+    with staged_files(model) as staging:
+        manifest = manifest_anew(model, base, delta, **making)
+        digests = {name: file.sha256 or "" for name, file in read_sums(model / SUMS_NAME).files.items()}
+        wanted, digests[MANIFEST_NAME] = digests[MANIFEST_NAME], hashlib.sha256(manifest).hexdigest()
+        write_file(staging.model / MANIFEST_NAME, manifest)
+        if wanted != digests[MANIFEST_NAME]:
+            write_file(staging.model / SUMS_NAME, sums_text(digests).encode())
+        repaired = sorted(staging.files(), key=[MANIFEST_NAME, SUMS_NAME].index)  # the list last, as always
+        for name in repaired:
+            staging.put(name, model)
+    vouched = f"{SUMS_NAME} vouches for every other file"
+    if SUMS_NAME in repaired:
+        message = f"{MANIFEST_NAME} is written anew: {vouched}; what nothing else says of it, as its time, is new"
+    else:
+        message = f"{MANIFEST_NAME} is, byte for byte, what it was: {vouched}, and for this one"
+    return repaired, [message]
+
+
+def _mend_files(
+    model: Path,
+    base: Path,
+    delta: Path,
+    *,
+    memory_limit: int,
+    threads: int,
+    direct: bool,
+    device: str,
+    registry: Sequence[Path],
+    tell: Callable[[str], None] | None,
+    progress: Progress | None,
+) -> tuple[list[str], list[str]]:
+    """Make the files anew that are not what the manifest says; their names, and what to say of them."""
     manifest_path = model / MANIFEST_NAME
     if not exists(manifest_path):
-        message = "there is no manifest in it; without one nobody knows what its files should be"
+        message = f"there is no manifest in it, and no {SUMS_NAME} that has one; nobody knows what its files should be"
         refuse([Problem("no_record", str(model), message)])
     expected, manifest = read_manifest(manifest_path), read_table(manifest_path)
     if expected.operation != "apply" or expected.recipe not in RECIPES:
         message = "is not of a model that this version rebuilt from a base and a delta"
         refuse([Problem("no_record", str(manifest_path), message)])
     damaged = _damaged(model, expected, manifest, memory_limit, threads, progress)
-    if damaged:
-        if tell:
-            tell(f"{model}: to be made anew: {', '.join(damaged)}")
-        base, delta = local_copies([base, delta], tell=tell)
-        whole = _plan(base, delta, expected, manifest, memory_limit)
-        plan = _only(whole, damaged)
-        refuse(output_problems(model, plan.output_bytes, mending=True))
-        release = load_releases(registry).find(str(manifest["inputs"]["delta"]["name"]))
-        with staged_files(model) as staging:
-            if plan.files:
-                with closing(DirectorySink(staging.model, plan.output_bytes, direct=direct)) as sink:
-                    additions = additions_on(device)
-                    outcome = engine.run(
-                        plan, sink, threads=threads, direct=direct, additions=additions, progress=progress
-                    )
-                refuse(outcome.damage)
-            _write_small_files(staging, model, whole, manifest, release, damaged)
-            refuse(_differences(staging, model, expected, damaged, memory_limit, threads))
-            for name in damaged:
-                staging.put(name, model)
-    document = verify(model, memory_limit=memory_limit, threads=threads, progress=progress)
-    return {
-        "schema": "bayling-delta/repair/1",
-        "ok": True,
-        "weights_digest": document["weights_digest"],
-        "repaired": damaged,
-        "compared": document["compared"],
-    }
+    if not damaged:
+        return [], []
+    if tell:
+        tell(f"{model}: to be made anew: {', '.join(damaged)}")
+    base, delta = local_copies([base, delta], tell=tell)
+    whole = _plan(base, delta, expected, manifest, memory_limit)
+    plan = _only(whole, damaged)
+    refuse(output_problems(model, plan.output_bytes, mending=True))
+    release = load_releases(registry).find(str(manifest["inputs"]["delta"]["name"]))
+    with staged_files(model) as staging:
+        if plan.files:
+            with closing(DirectorySink(staging.model, plan.output_bytes, direct=direct)) as sink:
+                additions = additions_on(device)
+                outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
+            refuse(outcome.damage)
+        _write_small_files(staging, model, whole, manifest, release, damaged)
+        refuse(_differences(staging, model, expected, damaged, memory_limit, threads))
+        for name in damaged:
+            staging.put(name, model)
+    if SUMS_NAME not in damaged:
+        return damaged, []
+    return damaged, [f"{SUMS_NAME} is written anew: {MANIFEST_NAME} vouches for every other file"]
 
 
 def _damaged(
@@ -118,10 +168,14 @@ def _damaged(
         if name not in found.files or (found.files[name].size, found.files[name].sha256) != (file.size, file.sha256)
     ]
     sums = _sums(model, manifest)
-    path = model / SUMS_NAME
-    if file_size(path) != len(sums) or read_file(path, len(sums)) != sums:
+    if _content(model / SUMS_NAME, len(sums)) != sums:
         damaged.append(SUMS_NAME)
     return damaged
+
+
+def _content(path: Path, size: int) -> bytes | None:
+    """The bytes of a file; None where it is not there, or has not so many."""
+    return read_file(path, size) if file_size(path) == size else None
 
 
 def _sums(model: Path, manifest: Mapping[str, Any]) -> bytes:

@@ -141,6 +141,7 @@ def repaired_text(document: dict[str, Any], model: Path) -> str:
     """What ``repair`` says."""
     rows = [("model", str(model)), ("weights digest", document["weights_digest"])]
     rows.append(("repaired", ", ".join(document["repaired"]) or "nothing; every file is as it should be"))
+    rows += [("note", text) for text in document["notes"]]
     rows += [("matches", f"{entry['against']} ({entry['what']})") for entry in document["compared"]]
     return _table(rows)
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from bayling_delta import engine
 from bayling_delta.adding import Difference
-from bayling_delta.applying import additions_on, input_problems, recipe_of, result_digests
+from bayling_delta.applying import additions_on, input_problems
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
+from bayling_delta.describing import result_digests
 from bayling_delta.downloads import expected_sha256
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -29,6 +30,7 @@ from bayling_delta.hub import local_copies
 from bayling_delta.identifying import expectation_of
 from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
+from bayling_delta.preparing import recipe_of
 from bayling_delta.recording import Found, digest_model
 from bayling_delta.releases import Registry, load_releases
 from bayling_delta.sources import exists, is_directory
