@@ -25,8 +25,10 @@ __all__ = [
     "free_bytes",
     "is_inside",
     "new_file_problems",
+    "publish_file",
     "replace_file",
     "reported",
+    "sync_directory",
     "write_all",
     "write_error",
     "write_file",
@@ -95,6 +97,24 @@ def write_file(path: Path, data: bytes) -> None:
             system.calls.close(handle)
 
 
+def publish_file(path: Path, data: bytes) -> None:
+    """Create a small file that is there whole, synced, or not at all.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+    """
+    partial = path.with_name(f".bayling-delta-{os.getpid()}.partial")
+    write_file(partial, data)
+    with reported(path):
+        try:
+            system.calls.rename_new(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                system.calls.remove_file(partial)
+            raise
+        system.calls.sync_directory(path.parent)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Have a small file with these bytes, synced, in place of one that may be there: the old one or the new, whole.
 
@@ -138,6 +158,16 @@ class Appender:
     def close(self) -> None:
         """Close the file, whatever state it is in."""
         system.calls.close(self._handle)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on the disk: without it a file that is synced may be lost with its name.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    with reported(directory):
+        system.calls.sync_directory(directory)
 
 
 def copy_file(source: Source, path: Path) -> tuple[int, str]:

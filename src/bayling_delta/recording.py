@@ -11,7 +11,7 @@ from bayling_delta.copies import copy_problems
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.expectations import FoundFile, download_problems
-from bayling_delta.files import new_file_problems, write_file
+from bayling_delta.files import new_file_problems, publish_file
 from bayling_delta.hub import local_copies
 from bayling_delta.manifest import TensorDigest, file_entry, manifest_head, result_section, to_json
 from bayling_delta.meta_format import PARAMS_NAME
@@ -61,7 +61,7 @@ def record(
     head = manifest_head("record", None, {"dtype": None, "max_shard_size": None, "allow": []})
     manifest = {**head, "result": result, "changes": [], "verification": []}
     if output is not None:
-        write_file(output, to_json(manifest).encode())
+        publish_file(output, to_json(manifest).encode())
     return manifest
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bayling_delta.files import FileWriter, direct_writes_pay
+from bayling_delta.files import FileWriter, direct_writes_pay, sync_directory
 from bayling_delta.plan import OutputFile
 
 __all__ = ["DirectorySink"]
@@ -31,9 +31,10 @@ class DirectorySink:
         self._open_writer().write(buffer, offset, count)
 
     def end(self) -> None:
-        """Sync and close the file."""
+        """Sync the file and its name, and close it."""
         self._open_writer().finish()
         self.close()
+        sync_directory(self._directory)
 
     def close(self) -> None:
         """Close what a failed run left open."""

@@ -297,6 +297,8 @@ def _acquire(partial: Path) -> int:
             owner = {"pid": os.getpid(), "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
             system.calls.truncate(handle, 0)
             write_all(handle, json.dumps(owner).encode(), 0)
+            system.calls.sync_directory(partial)  # the lock before all else, by which it is known as ours
+            system.calls.sync_directory(partial.parent)
     except BaseException:
         if made:  # and nobody else has it
             _remove(partial)
