@@ -21,6 +21,16 @@ settings.load_profile("patient")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.gettempdir() + "/no-cache-of-the-hub"}
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the tests that count have tried; docs/reliability.md has these figures."""
+    reports = [report for report in terminalreporter.getreports("passed") if report.user_properties]
+    if reports:
+        terminalreporter.section("tried")
+    for report in reports:
+        for what, figure in report.user_properties:
+            terminalreporter.line(f"{report.nodeid.partition('::')[2]}: {what}: {figure}")
+
+
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """The command line sets handlers for signals; a test that calls it must not leave them behind."""

@@ -1,8 +1,9 @@
 """Records of what a model should be, and what of it is not so: manifests, SHA256SUMS, digests."""
 
+import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bayling_delta.manifest import (
     sums_text,
     weights_digest,
 )
-from bayling_delta.sources import exists, is_directory, list_directory, read_file
+from bayling_delta.sources import Source, exists, is_directory, list_directory, open_source, read_bytes, read_file
 from bayling_delta.tensors import DTYPES, FLOATS, RANK_CAP
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "download_problems",
     "downloaded_files",
     "listed_files",
+    "listed_problems",
     "own_expectations",
     "read_manifest",
     "read_sums",
@@ -265,6 +267,30 @@ def differences(
     if tensors is not None and expected.tensors is not None:
         problems += _tensor_differences(expected, expected.tensors, model, tensors, places)
     return problems
+
+
+def listed_problems(directory: Path, names: Collection[str], expectations: Iterable[Expectation]) -> list[Problem]:
+    """The files of these names that are there and are not what is recorded of them; reads those that are recorded."""
+    of_names = [
+        replace(expected, files={name: file for name, file in expected.files.items() if name in names})
+        for expected in expectations
+    ]
+    listed, md5 = listed_files(of_names, names)
+    found: dict[str, FoundFile] = {}
+    for name in listed:
+        with open_source(directory / name) as source:
+            found[name] = _digested(source, md5=name in md5)
+    return [problem for expected in of_names for problem in _file_differences(expected, directory, found)]
+
+
+def _digested(source: Source, *, md5: bool) -> FoundFile:
+    sha256, other, done = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+    while data := read_bytes(source, done, 1 << 20):
+        sha256.update(data)
+        if md5:
+            other.update(data)
+        done += len(data)
+    return FoundFile(done, sha256.hexdigest(), other.hexdigest() if md5 else None)
 
 
 def _mixture(expected: Expectation, model: Path, files: Mapping[str, FoundFile]) -> list[Problem]:

@@ -1,7 +1,7 @@
 """What a run will do, decided in full before a byte is written: pairs, output files, reads, memory.
 
-Everything here is a function of headers, and of the room that there is; nothing is written, and weights are read only
-to see whether two tensors that should be one are (`tied_problem`).
+Everything here is a function of headers, of the small files beside the weights, and of the room that there is; nothing
+is written, and weights are read only to see whether two tensors that should be one are (`tied_problem`).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint
+from bayling_delta.companions import stamps
 from bayling_delta.copies import copy_problems
 from bayling_delta.errors import CheckpointError, Problem, refuse
-from bayling_delta.expectations import Expectation, listed_files, own_expectations
+from bayling_delta.expectations import Expectation, listed_files, listed_problems, own_expectations
 from bayling_delta.gathering import elements_digest
 from bayling_delta.pairing import StandIn, pair_problems, stand_in
 from bayling_delta.reads import ReadList, in_stored_order, read_in_order_of
@@ -155,8 +156,8 @@ def make_plan(
 
     ``dtype`` (F16, BF16 or F32) casts the result once more. ``model`` is what the result will be compared with,
     if anything. ``digest_files`` are digested whole even where that takes a read of its own, and so are files that
-    are recorded beside base and delta, or on the Hub. ``out`` is where the files will be made, if they are. ``also``
-    are problems found elsewhere, to be told together with those found here.
+    are recorded beside base and delta, or on the Hub. ``out`` is where the result will be made, with the files
+    beside the delta, if it is. ``also`` are problems found elsewhere, to be told together with those found here.
 
     Raises:
         BaylingDeltaError: with every problem, unless ``allowed`` overrules it.
@@ -180,7 +181,9 @@ def make_plan(
         for name, ref in in_stored_order(delta_weights)
     ]
     files = cut_into_files(tensors, max_shard_size)
-    problems += room_problems(out, [file.size for file in files]) if out else []
+    if out:
+        problems += room_problems(out, [file.size for file in files])
+        problems += listed_problems(delta.directory, stamps(delta.directory), delta_records)
     refuse(problems, allowed)
     if model:
         refuse(model_problems(model, model_weights, tensors))

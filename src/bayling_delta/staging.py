@@ -133,12 +133,14 @@ def output_problems(target: Path, needed_bytes: int, *, mending: bool = False) -
 
 def room_problems(target: Path, sizes: Sequence[int]) -> list[Problem]:
     """What keeps weight files of these sizes from being made where a directory will be, its free space aside."""
+    if target.name in ("", ".."):
+        return []  # which `output_problems` tells
     where = str(target.parent)
     try:
         files = system.calls.free_files(target.parent)
         largest = system.calls.largest_file(target.parent)
     except OSError:
-        return []  # which `output_problems` tells
+        return []  # which it tells as well
     problems: list[Problem] = []
     needed = len(sizes) + _OTHER_FILES
     model = partial_path(target) / "model"
