@@ -198,7 +198,7 @@ class Disk:
         """Every name and size, and zeros where bytes were not synced."""
         return self._tree(
             lambda directory: directory.now,
-            lambda file: file.synced if file.synced == file.now else bytes(len(file.now)),
+            lambda file: file.synced[: len(file.now)].ljust(len(file.now), b"\0"),
         )
 
     def kept(self) -> Tree:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,11 +176,11 @@ main(sys.argv[1:])
 """The program, with a disk slow enough to be interrupted in the middle."""
 
 
-def started(partial: Path, program: str, *words: str) -> subprocess.Popen[str]:
-    """The program, running, with a weight file begun."""
+def started(partial: Path, program: str, *words: str, begun: int = 1) -> subprocess.Popen[str]:
+    """The program, running, with so many weight files begun."""
     process = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(partial.glob("model/model*.safetensors")):
+    while len(list(partial.glob("model/model*.safetensors"))) < begun:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
@@ -198,6 +199,34 @@ def test_a_signal_before_anything_is_finished_leaves_nothing(
     assert errors == f"error: interrupted by {number.name}; run the command again\n"
     assert not partial.exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_one_after_the_other_leave_what_can_be_gone_on_with(
+    tmp_path: Path, pair: tuple[str, ...], number: signal.Signals
+) -> None:
+    """An impatient second and third, while the first is being obeyed, do no harm."""
+    words = ("apply", *pair, "--memory-limit", "128KiB", "--max-shard-size", "40kB")
+    partial = partial_path(tmp_path / "out")
+    process = started(partial, SLOW, *words, begun=4)
+    for each in (number, signal.SIGINT, signal.SIGTERM, number):
+        process.send_signal(each)
+        time.sleep(0.01)
+    _, errors = process.communicate(timeout=60)
+    first = signal.Signals(process.returncode - 128)  # of several at once the interpreter sees any first
+    assert first in (number, signal.SIGINT, signal.SIGTERM)
+    told = re.fullmatch(
+        rf"error: interrupted by {first.name}; (\d) of 6 weight files are finished, in {re.escape(str(partial))}: "
+        r"run the command again to go on\n",
+        errors,
+    )
+    assert told, errors
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("model/*")}
+    assert len(kept) == int(told[1]) > 0
+    assert not (tmp_path / "out").exists()
+    assert bayling_delta(*words).returncode == 0
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+    assert bayling_delta("verify", str(tmp_path / "out")).returncode == 0
 
 
 def test_a_second_run_is_told_of_the_first(tmp_path: Path, pair: tuple[str, ...]) -> None:
@@ -224,5 +253,6 @@ def test_a_reader_that_goes_away_is_no_fault(pair: tuple[str, ...]) -> None:
         text=True,
     )
     os.close(write)
+    assert done.returncode == 6
     assert "Traceback" not in done.stderr
     assert Path(pair[-1]).exists()

@@ -572,9 +572,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         hint = f"\nTry '{' '.join(['bayling-delta', command][: 1 + (command in commands.commands)])} --help'."
         text = report.readable(f"error: {message}") + hint
         _fail(report.usage_document(command, "usage", message), text, as_json)
-    except BrokenPipeError:  # whoever read our output has gone
+    except (BrokenPipeError, SystemExit):  # whoever read our output has gone; click exits by itself then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = 6
     except OSError as error:  # what happens to files is reported as such by now
         code = 6
         what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
