@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from bayling_delta import apply, repair, system, verify
-from bayling_delta.errors import BaylingDeltaError, IntegrityError, MismatchError, NoRecordError, OutputError
+from bayling_delta.errors import (
+    BaylingDeltaError,
+    CheckpointError,
+    IntegrityError,
+    MismatchError,
+    NoRecordError,
+    OutputError,
+)
 from bayling_delta.staging import partial_path
 from bayling_delta.system import System
 from tests.pairs import CONFIG, llama, save
@@ -319,6 +326,33 @@ def test_a_manifest_of_a_recorded_model_says_nothing_of_how_to_make_it(place: Pa
     (place / "model" / "bayling-delta.json").write_text(json.dumps(record(place / "model")))
     absent(place / "model" / "SHA256SUMS")
     refused(place, NoRecordError, "not of a model that this version rebuilt")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda manifest: manifest["options"].pop("max_shard_size"),
+        lambda manifest: manifest["options"].update(max_shard_size="40000"),
+        lambda manifest: manifest["options"].update(max_shard_size=-1),
+        lambda manifest: manifest["options"].update(allow=None),
+        lambda manifest: manifest["options"].update(allow=[["a"]]),
+    ],
+)
+def test_a_manifest_with_options_that_cannot_be(place: Path, wrong: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((place / "model" / MANIFEST).read_text())
+    wrong(manifest)
+    (place / "model" / MANIFEST).write_text(json.dumps(manifest))
+    absent(place / "model" / SUMS)
+    refused(place, CheckpointError, "does not say with which options")
+
+
+@pytest.mark.parametrize("inputs", [None, {"delta": None}, {"delta": {"name": ["x"]}}])
+def test_a_manifest_that_does_not_say_what_the_delta_was(place: Path, inputs: object) -> None:
+    manifest = json.loads((place / "model" / MANIFEST).read_text()) | {"inputs": inputs}
+    (place / "model" / MANIFEST).write_text(json.dumps(manifest))
+    absent(place / "model" / SUMS)
+    flip(shard(place / "model", 1))
+    refused(place, CheckpointError, "is not as this program writes a manifest")
 
 
 def test_a_stray_weight_file_is_the_users_to_remove(place: Path) -> None:

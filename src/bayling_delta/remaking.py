@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -22,12 +22,12 @@ from bayling_delta.plan import DEFAULT_SHARD_SIZE, Plan
 from bayling_delta.preparing import Prepared, prepare
 from bayling_delta.recipes import RECIPES
 from bayling_delta.recording import Found, digest_model
-from bayling_delta.releases import Registry, load_releases
+from bayling_delta.releases import load_releases
 from bayling_delta.sources import exists, open_source, read_bytes, read_file
 from bayling_delta.tensors import DTYPES, FLOATS
 from bayling_delta.verifying import stray_weights
 
-__all__ = ["doubt", "manifest_anew"]
+__all__ = ["Means", "doubt", "manifest_anew"]
 
 _MARKS: Final = {
     "created": rb'"created": "(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)"',
@@ -59,19 +59,22 @@ def doubt(model: Path) -> str | None:
     return None if alike >= _ALIKE else f"its SHA-256 is {found}; {SUMS_NAME} says {wanted.sha256}"
 
 
-def manifest_anew(
-    model: Path,
-    base: Path,
-    delta: Path,
-    *,
-    memory_limit: int,
-    threads: int,
-    direct: bool,
-    device: str,
-    registry: Sequence[Path],
-    tell: Callable[[str], None] | None,
-    progress: Progress | None,
-) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a model is mended from, and how; the options are those of `apply`, and decide no byte."""
+
+    base: Path
+    delta: Path
+    memory_limit: int
+    threads: int
+    direct: bool
+    device: str
+    registry: Sequence[Path]
+    tell: Callable[[str], None]
+    progress: Progress | None
+
+
+def manifest_anew(model: Path, means: Means) -> bytes:
     """The manifest of a model, from the inputs it was made of; its other files are what SHA256SUMS says.
 
     What nothing but the manifest says (the time, the options) is taken of what is left of it, if it then is, byte for
@@ -84,7 +87,12 @@ def manifest_anew(
     sums = read_sums(model / SUMS_NAME)
     others = replace(sums, files={name: file for name, file in sums.files.items() if name != MANIFEST_NAME})
     found = digest_model(
-        model, list(others.files), memory_limit=memory_limit, threads=threads, progress=progress, strict=False
+        model,
+        list(others.files),
+        memory_limit=means.memory_limit,
+        threads=means.threads,
+        progress=means.progress,
+        strict=False,
     )
     damage = [*found.problems, *differences(others, model, None, {}, found.files)]
     refuse([*damage, *stray_weights(found.checkpoint, [others])])
@@ -92,12 +100,16 @@ def manifest_anew(
     old = read_file(model / MANIFEST_NAME, JSON_CAP) if exists(model / MANIFEST_NAME) else b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}
     allow = re.findall("[a-z_]+", left.get("allow", ""))
-    base, delta = local_copies([base, delta], tell=tell)
-    prepared, head = _prepared_alike(
-        base, delta, left, allow, found, sums, known=load_releases(registry), memory_limit=memory_limit
-    )
+    prepared, head = _prepared_alike(means, left, allow, found, sums)
     plan = prepared.plan
-    outcome = engine.run(plan, None, threads=threads, direct=direct, additions=additions_on(device), progress=progress)
+    outcome = engine.run(
+        plan,
+        None,
+        threads=means.threads,
+        direct=means.direct,
+        additions=additions_on(means.device),
+        progress=means.progress,
+    )
     records = look_up_inputs(prepared, outcome)
     refuse(result_problems(prepared, outcome, records, model, None, require_recorded=False), allow)
     refuse(_sum_problems(model, outcome, others))
@@ -117,15 +129,7 @@ def manifest_anew(
 
 
 def _prepared_alike(
-    base: Path,
-    delta: Path,
-    left: Mapping[str, str],
-    allow: Sequence[str],
-    found: Found,
-    sums: Expectation,
-    *,
-    known: Registry,
-    memory_limit: int,
+    means: Means, left: Mapping[str, str], allow: Sequence[str], found: Found, sums: Expectation
 ) -> tuple[Prepared, dict[str, Any]]:
     """The sum whose weight files are laid out as those that there are, and how its manifest begins.
 
@@ -139,13 +143,15 @@ def _prepared_alike(
         weights[ref.views[0].file.name] += ref.elements * DTYPES[ref.dtype]
     sizes = [int(left.get("max_shard_size", DEFAULT_SHARD_SIZE)), DEFAULT_SHARD_SIZE, max(weights.values(), default=1)]
     dtypes = [left.get("dtype"), None, *({ref.dtype for ref in found.checkpoint.tensors.values()} & {*FLOATS})]
+    base, delta = local_copies([means.base, means.delta], tell=means.tell)
+    known = load_releases(means.registry)
     message = f"the sum with {delta} would have other files than {sums.source} lists; is it another model's?"
     reasons: list[BaylingDeltaError] = []
     for recipe in dict.fromkeys([left["recipe"] if left.get("recipe") in RECIPES else None, None]):
         try:
             for dtype, size in product(dict.fromkeys(dtypes), dict.fromkeys(sizes)):
                 options: dict[str, Any] = {"dtype": dtype, "max_shard_size": size, "allow": allow}
-                prepared = prepare(base, delta, None, known, recipe=recipe, memory_limit=memory_limit, **options)
+                prepared = prepare(base, delta, None, known, recipe=recipe, memory_limit=means.memory_limit, **options)
                 if _is_laid_out(prepared.plan, found):
                     return prepared, manifest_head("apply", prepared.plan.recipe.name, options)
         except BaylingDeltaError as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint, WeightFile, open_checkpoint, read_table
 from bayling_delta.describing import small_files
 from bayling_delta.engine import DEFAULT_THREADS, Progress
-from bayling_delta.errors import Problem, refuse
+from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.expectations import Expectation, read_manifest, read_sums
 from bayling_delta.files import copy_file, write_file
 from bayling_delta.hub import local_copies
@@ -23,7 +23,7 @@ from bayling_delta.recipes import RECIPES
 from bayling_delta.recording import digest_model
 from bayling_delta.release_entry import Release
 from bayling_delta.releases import load_releases
-from bayling_delta.remaking import doubt, manifest_anew
+from bayling_delta.remaking import Means, doubt, manifest_anew
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.sources import exists, file_size, open_source, read_file
 from bayling_delta.staging import Staging, output_problems, staged_files
@@ -59,13 +59,11 @@ def repair(
         NoRecordError: there is no manifest of a rebuilt model.
         BaylingDeltaError: an input cannot be read or does not fit, or the output cannot be written.
     """
-    options: dict[str, Any] = {"memory_limit": memory_limit, "threads": threads, "progress": progress}
-    making: dict[str, Any] = {**options, "direct": direct, "device": device, "registry": registry, "tell": tell}
-    reason = doubt(model)
-    if reason and tell:
-        tell(f"{model / MANIFEST_NAME}: {reason}; it is made anew, for which base and delta are added once more")
-    repaired, notes = (_mend_manifest if reason else _mend_files)(model, base, delta, **making)
-    document = verify(model, **options)
+    means = Means(
+        base, delta, memory_limit, threads, direct, device, registry, tell if tell else lambda _: None, progress
+    )
+    repaired, notes = _mend_manifest(model, reason, means) if (reason := doubt(model)) else _mend_files(model, means)
+    document = verify(model, memory_limit=memory_limit, threads=threads, progress=progress)
     return {
         "schema": "bayling-delta/repair/1",
         "ok": True,
@@ -76,11 +74,12 @@ def repair(
     }
 
 
-def _mend_manifest(model: Path, base: Path, delta: Path, **making: Any) -> tuple[list[str], list[str]]:
+def _mend_manifest(model: Path, reason: str, means: Means) -> tuple[list[str], list[str]]:
     """Write a damaged manifest anew; the names of what was written, and what to say of it."""
+    means.tell(f"{model / MANIFEST_NAME}: {reason}; it is made anew, for which base and delta are added once more")
     refuse(output_problems(model, 0, mending=True))
     with staged_files(model) as staging:
-        manifest = manifest_anew(model, base, delta, **making)
+        manifest = manifest_anew(model, means)
         digests = {name: file.sha256 or "" for name, file in read_sums(model / SUMS_NAME).files.items()}
         wanted, digests[MANIFEST_NAME] = digests[MANIFEST_NAME], hashlib.sha256(manifest).hexdigest()
         write_file(staging.model / MANIFEST_NAME, manifest)
@@ -97,19 +96,7 @@ def _mend_manifest(model: Path, base: Path, delta: Path, **making: Any) -> tuple
     return repaired, [message]
 
 
-def _mend_files(
-    model: Path,
-    base: Path,
-    delta: Path,
-    *,
-    memory_limit: int,
-    threads: int,
-    direct: bool,
-    device: str,
-    registry: Sequence[Path],
-    tell: Callable[[str], None] | None,
-    progress: Progress | None,
-) -> tuple[list[str], list[str]]:
+def _mend_files(model: Path, means: Means) -> tuple[list[str], list[str]]:
     """Make the files anew that are not what the manifest says; their names, and what to say of them."""
     manifest_path = model / MANIFEST_NAME
     if not exists(manifest_path):
@@ -119,24 +106,29 @@ def _mend_files(
     if expected.operation != "apply" or expected.recipe not in RECIPES:
         message = "is not of a model that this version rebuilt from a base and a delta"
         refuse([Problem("no_record", str(manifest_path), message)])
-    damaged = _damaged(model, expected, manifest, memory_limit, threads, progress)
+    damaged = _damaged(model, expected, manifest, means)
     if not damaged:
         return [], []
-    if tell:
-        tell(f"{model}: to be made anew: {', '.join(damaged)}")
-    base, delta = local_copies([base, delta], tell=tell)
-    whole = _plan(base, delta, expected, manifest, memory_limit)
+    means.tell(f"{model}: to be made anew: {', '.join(damaged)}")
+    base, delta = local_copies([means.base, means.delta], tell=means.tell)
+    whole = _plan(base, delta, expected, manifest, means.memory_limit)
     plan = _only(whole, damaged)
     refuse(output_problems(model, plan.output_bytes, mending=True))
-    release = load_releases(registry).find(str(manifest["inputs"]["delta"]["name"]))
+    release = load_releases(means.registry).find(_name_of_delta(manifest))
     with staged_files(model) as staging:
         if plan.files:
-            with closing(DirectorySink(staging.model, plan.output_bytes, direct=direct)) as sink:
-                additions = additions_on(device)
-                outcome = engine.run(plan, sink, threads=threads, direct=direct, additions=additions, progress=progress)
+            with closing(DirectorySink(staging.model, plan.output_bytes, direct=means.direct)) as sink:
+                outcome = engine.run(
+                    plan,
+                    sink,
+                    threads=means.threads,
+                    direct=means.direct,
+                    additions=additions_on(means.device),
+                    progress=means.progress,
+                )
             refuse(outcome.damage)
         _write_small_files(staging, model, whole, manifest, release, damaged)
-        refuse(_differences(staging, model, expected, damaged, memory_limit, threads))
+        refuse(_differences(staging, model, expected, damaged, means))
         for name in damaged:
             staging.put(name, model)
     if SUMS_NAME not in damaged:
@@ -144,14 +136,7 @@ def _mend_files(
     return damaged, [f"{SUMS_NAME} is written anew: {MANIFEST_NAME} vouches for every other file"]
 
 
-def _damaged(
-    model: Path,
-    expected: Expectation,
-    manifest: Mapping[str, Any],
-    memory_limit: int,
-    threads: int,
-    progress: Progress | None,
-) -> list[str]:
+def _damaged(model: Path, expected: Expectation, manifest: Mapping[str, Any], means: Means) -> list[str]:
     """The names of the files that are not what the manifest says, or not there.
 
     Raises:
@@ -159,7 +144,12 @@ def _damaged(
         CheckpointError: a file cannot be read.
     """
     found = digest_model(
-        model, list(expected.files), memory_limit=memory_limit, threads=threads, progress=progress, strict=False
+        model,
+        list(expected.files),
+        memory_limit=means.memory_limit,
+        threads=means.threads,
+        progress=means.progress,
+        strict=False,
     )
     refuse(stray_weights(found.checkpoint, [expected]))
     damaged = [
@@ -184,27 +174,31 @@ def _sums(model: Path, manifest: Mapping[str, Any]) -> bytes:
     return sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode()
 
 
-def _plan(
-    base: Path,
-    delta: Path,
-    expected: Expectation,
-    manifest: Mapping[str, Any],
-    memory_limit: int,
-) -> Plan:
+def _name_of_delta(manifest: Mapping[str, Any]) -> str:
+    """The name that the manifest has for the delta; empty without one."""
+    with suppress(KeyError, TypeError):
+        return str(manifest["inputs"]["delta"]["name"])
+    return ""  # which is told where the manifest is needed
+
+
+def _plan(base: Path, delta: Path, expected: Expectation, manifest: Mapping[str, Any], memory_limit: int) -> Plan:
     """The plan by which the model was made.
 
     Raises:
+        CheckpointError: the manifest has options that no run can have had.
         MismatchError: the sum of these inputs would have other files.
     """
-    options = manifest["options"]
+    size, allow = manifest["options"].get("max_shard_size"), manifest["options"].get("allow")
+    if type(size) is not int or size < 1 or not isinstance(allow, list) or not {*map(type, allow)} <= {str}:
+        refuse([Problem("record", expected.source, "does not say with which options the model was made")])
     plan = make_plan(
         open_checkpoint(base),
         open_checkpoint(delta),
         recipe=RECIPES[str(expected.recipe)],
         dtype=expected.dtype,
-        max_shard_size=options["max_shard_size"],
+        max_shard_size=size,
         memory_limit=memory_limit,
-        allowed=options["allow"],
+        allowed=allow,
     )
     sizes = {name: file.size for name, file in expected.files.items() if name.endswith(".safetensors")}
     if {file.name: file.size for file in plan.files} != sizes:
@@ -237,7 +231,11 @@ def _write_small_files(
 ) -> None:
     """Write those of the damaged files that are not weights, as `apply` writes them."""
     beside = companions.collect(plan.delta, manifest["result"]["dtype"], release)
-    contents: dict[str, Path | bytes] = dict(small_files(plan, manifest, beside, release))
+    try:
+        contents = dict(small_files(plan, manifest, beside, release))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the card is made of the manifest
+        message = f"is not as this program writes a manifest ({type(error).__name__}: {str(error)[:80]})"
+        raise CheckpointError(Problem("record", str(model / MANIFEST_NAME), message)) from error
     contents[SUMS_NAME] = _sums(model, manifest)
     for name in contents.keys() & set(damaged):
         content = contents[name]
@@ -253,8 +251,7 @@ def _differences(
     model: Path,
     expected: Expectation,
     damaged: Sequence[str],
-    memory_limit: int,
-    threads: int,
+    means: Means,
 ) -> list[Problem]:
     """The files that are not, read back from the disk, what the manifest says."""
     made = staging.files()
@@ -264,7 +261,7 @@ def _differences(
             files.append(WeightFile(source.path, *source.stamp))
     checkpoint = Checkpoint(model, staging.model, "safetensors", tuple(files), {}, None)
     reads = read_files(checkpoint)
-    digests, _ = engine.digest(checkpoint, reads, make_budget(memory_limit, [reads]), threads=threads)
+    digests, _ = engine.digest(checkpoint, reads, make_budget(means.memory_limit, [reads]), threads=means.threads)
     problems: list[Problem] = []
     for name in damaged:
         wanted = expected.files.get(name)
