@@ -17,7 +17,7 @@ from tests.pairs import StateDict, assert_same, llama, load, published_sum, save
 
 SHARD = 120_000
 Property = Callable[[str, object], None]
-FEW_OR_MANY = pytest.mark.parametrize("count", [2, pytest.param(400, marks=pytest.mark.long)], ids=["few", "many"])
+FEW_OR_MANY = pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.long)], ids=["few", "many"])
 """Flips of each part of each file."""
 
 
