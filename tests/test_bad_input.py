@@ -276,6 +276,10 @@ HEADERS: list[Row] = [
     Row("file of the system", place_tensor(NORM, "/etc/passwd"), 3, "unsafe_name", ("'/etc/passwd'",)),
     Row("file above, for Windows", place_tensor(NORM, "..\\x.bin"), 3, "unsafe_name", ("outside its directory",)),
     Row("file is the directory", place_tensor(NORM, "."), 3, "unsafe_name", ("'.'",)),
+    Row("file is a device of Windows", place_tensor(NORM, "nul.bin"), 3, "unsafe_name", ("'nul.bin'",)),
+    Row("file ends with a dot", place_tensor(NORM, f"{BIN[5:]}."), 3, "unsafe_name", ("-00003.bin.'",)),
+    Row("two files that differ by case", place_tensor(NORM, BIN[5:].upper()), 3, "unsafe_name",
+        (f"'{BIN[5:]}' and '{BIN[5:].upper()}'", "one file on a disk where case")),
     Row("NUL in a file", place_tensor(NORM, "a\0.bin"), 3, "unsafe_name", ("a\\x00.bin",)),
     Row("newline in a file", place_tensor(NORM, "a\nerror: b"), 3, "unsafe_name", ("a\\nerror: b",)),
     Row("escape code in a file", place_tensor(NORM, "\x1b[2J"), 3, "unsafe_name", ("\\x1b[2J",)),
@@ -303,13 +307,20 @@ HEADERS: list[Row] = [
     Row("config not JSON", write("delta/config.json", b"{,}"), 3, "damaged", ("delta/config.json: is not JSON",)),
     Row("config empty", write("delta/config.json", b""), 3, "damaged", ("is empty",)),
     Row("config nested", write("delta/config.json", b"[" * 100_000), 3, "damaged", ("is not JSON",)),
-    Row("config of 100 MB", cut("delta/config.json", 100_000_001), 3, "unsupported", ("at most 100,000,000",)),
+    Row("config of 4 MB", cut("delta/config.json", 4_000_001), 3, "unsupported", ("at most 4,000,000",)),
     Row("config a git-lfs pointer", write("delta/config.json", LFS), 3, "", ("git-lfs",)),
     Row("config a folder", folder("delta/config.json"), 3, "unreadable", ("config.json", "regular file")),
+    Row("generation config of 4 MB",
+        both(write("delta/generation_config.json", b"{}"), cut("delta/generation_config.json", 4_000_001)), 3,
+        "unsupported", ("generation_config.json", "at most 4,000,000")),
+    Row("tokenizer of many values", write("delta/tokenizer.json", b'{"a":[' + b"1," * 4_000_000 + b"1]}"), 3, "damaged",
+        ("tokenizer.json", "more than 4,000,000 values")),
+    Row("generation config nested", write("delta/generation_config.json", b'{"a":' * 101 + b"1" + b"}" * 101), 3,
+        "damaged", ("generation_config.json", "nests too deep")),
     Row("config links nowhere", link("delta/config.json", "no"), 3, "", ("config.json",)),
     Row("tokenizer a git-lfs pointer", write("delta/tokenizer.model", LFS), 3, "", ("tokenizer.model", "git-lfs")),
-    Row("tokenizer of 100 MB", both(write("delta/tokenizer.json", b""), cut("delta/tokenizer.json", 100_000_001)), 3,
-        "unsupported", ("tokenizer.json",)),
+    Row("tokenizer of 64 MB", both(write("delta/tokenizer.json", b""), cut("delta/tokenizer.json", 64_000_001)), 3,
+        "unsupported", ("tokenizer.json", "at most 64,000,000")),
     # pairs
     Row("delta lacks a tensor", state("delta", but({NORM: None})), 4, "missing_tensor", (f"lacks {NORM}",)),
     Row("delta has one more", state("delta", but({"x": torch.zeros(2).half()})), 4, "missing_tensor",
@@ -729,6 +740,13 @@ def another_file(name: object) -> Make:
     return manifest(lambda document: document["result"]["files"].append({"name": name, "size": 1, "sha256": "0" * 64}))
 
 
+def nest(levels: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(levels - 1):
+        nested = [nested]
+    return nested
+
+
 def without_records(place: Path) -> None:
     (place / MANIFEST).unlink()
     (place / SUMS).unlink()
@@ -839,6 +857,11 @@ MODELS: list[Row] = [
     ModelRow("list that leaves", sums(lambda text: f"{text}{'0' * 64}  ../x\n"), 3, "record", ("line 10",)),
     ModelRow("list of the system's", sums(lambda text: f"{text}{'0' * 64}  /etc/passwd\n"), 3, "record", ("line 10",)),
     ModelRow("list with NUL", sums(lambda text: f"{text}{'0' * 64}  a\0b\n"), 3, "record", ("line 10",)),
+    ModelRow("list of a device of Windows", sums(lambda text: f"{text}{'0' * 64}  COM1.txt\n"), 3, "record",
+        ("line 10",)),
+    ModelRow("list of names that differ by case", sums(lambda text: f"{text}{'0' * 64}  Readme.md\n"), 3, "record",
+        ("'README.md' and 'Readme.md'",)),
+    ModelRow("list of 10 MB", both(remove(MANIFEST), cut(SUMS, 10_000_001)), 3, "record", ("at most 10,000,000",)),
     ModelRow("list with an escape code", sums(lambda text: f"{text}{'0' * 64}  \x1b[2J\n"), 3, "record", ("line 10",)),
     ModelRow("list of what is not there", sums(lambda text: f"{text}{'0' * 64}  gone.bin\n"), 5, "model",
         ("model/gone.bin",)),
@@ -863,6 +886,11 @@ MODELS: list[Row] = [
         ("'model.norm.weight' is not described",)),
     ModelRow("manifest's dtype is half a character", norm_entry(dtype="\ud800"), 3, "record", (MANIFEST,)),
     ModelRow("manifest's file leaves", another_file("../x"), 3, "record", ("../x",)),
+    ModelRow("manifest's file is a device of Windows", another_file("aux.json"), 3, "record", ("'aux.json'",)),
+    ModelRow("manifest's file has a stream", another_file("config.json:x"), 3, "record", ("'config.json:x'",)),
+    ModelRow("manifest's files differ by case", another_file("Config.JSON"), 3, "record",
+        ("'config.json' and 'Config.JSON'",)),
+    ModelRow("manifest nests 101 levels", manifest(lambda m: m.update(nested=nest(100))), 3, "record", ("too deep",)),
     ModelRow("manifest's file is a number", another_file(3), 3, "record", (MANIFEST,)),
     ModelRow("manifest's file is half a character", another_file("\ud800"), 3, "record", (MANIFEST,)),
     ModelRow("manifest's size is negative", file_entry(size=-1), 5, "model", (FIRST, "says -1")),

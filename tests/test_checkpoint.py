@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bayling_delta import system
-from bayling_delta.checkpoint import open_checkpoint
+from bayling_delta.checkpoint import open_checkpoint, stays_in_directory
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.sources import open_source
 from bayling_delta.tensors import TensorRef
@@ -290,6 +290,20 @@ UNSAFE = [
     "model.safetensors\0.txt",
     "model\n.safetensors",
     "\ud800.safetensors",
+    "model.safetensors\x7f",
+    "\x9b2Jmodel.safetensors",
+    "\u202esrotcnysefas.ledom",
+    "model\u2028.safetensors",
+    "model.safetensors.",
+    "model.safetensors ",
+    "...",
+    "NUL",
+    "con.safetensors",
+    "Aux .safetensors",
+    "COM1.index.json",
+    "lpt9.bin",
+    "com\xb2.bin",
+    "CONIN$",
     7,
     None,
     ["model.safetensors"],
@@ -314,6 +328,50 @@ def test_an_index_that_leaves_its_directory(tmp_path: Path, name: object) -> Non
     assert found.where == str(index)
     assert "'w'" in found.message
     assert found.message.isprintable()
+
+
+PLAIN = (
+    """
+model.safetensors|model-00001-of-00002.safetensors|pytorch_model.bin|consolidated.00.pth|checklist.chk|.gitattributes
+SHA256SUMS|README.md|config.json|Console.bin|conin|com.bin|com10.bin|lpt.txt|nullable.json|nul-1.bin|aux_model.bin|prn1
+com1-adapter.bin|model..bin|模型.bin|modèle.bin|a(1).bin|~$a.bin|-rf|a&b.bin|CON-FIG.json
+a b.bin|modell für\u3000alle.bin
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_name_stays_in_its_directory(name: str) -> None:
+    assert stays_in_directory(name)
+
+
+ALIKE = [
+    ("m.safetensors", "M.safetensors"),
+    ("straße.safetensors", "STRASSE.safetensors"),
+    ("mod\xe8le.safetensors", "mode\u0300le.safetensors"),
+    ("MOD\xc8LE.safetensors", "mode\u0300le.safetensors"),
+    ("\u03a3.safetensors", "\u03c2.safetensors"),
+]
+
+
+@pytest.mark.parametrize("names", ALIKE, ids=ascii)
+def test_an_index_with_names_that_some_disks_take_for_one(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Both files are there, where the disk can hold both."""
+    for tensor, name in zip("vw", names, strict=True):
+        save_file({tensor: torch.zeros(1)}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("vw", names, strict=True))}))
+    found = problem(index)
+    assert (found.kind, found.where) == ("unsafe_name", str(index))
+    assert all(repr(name) in found.message for name in names)
+
+
+def test_tensors_may_differ_by_case_alone(tmp_path: Path) -> None:
+    """Their names are no files'."""
+    directory = save(tmp_path / "model", {"w": torch.zeros(1), "W": torch.ones(1)}, config=None)
+    assert list(open_checkpoint(directory).tensors) == ["w", "W"]
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "a\x1b[2Jb", "a\u202eb", "\0", "a\u2028b"], ids=ascii)

@@ -279,7 +279,7 @@ ODD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "broken config": (lambda p: beside(model(p), {"config.json": "{"}), "damaged", "is not JSON"),
     "broken tokenizer": (lambda p: beside(model(p), {"tokenizer.json": "{"}), "damaged", "is not JSON"),
     "strange tokenizer": (lambda p: beside(model(p), {"tokenizer.json": "[]"}), "damaged", "is not a JSON object"),
-    "vast tokenizer": (vast_tokenizer, "unsupported", "at most 100,000,000 are read"),
+    "vast tokenizer": (vast_tokenizer, "unsupported", "at most 64,000,000 are read"),
     "other sizes": (lambda p: model(p, hidden_size=128), "architecture", "says hidden_size 128; the shapes say 64"),
     "other layers": (lambda p: model(p, num_hidden_layers=3), "architecture", "says num_hidden_layers 3"),
     "decapoda": (

@@ -231,7 +231,7 @@ HOSTILE: dict[str, tuple[object, str]] = {
     "a dtype too wide": (said(dtype='"F32"'), "w is F32 [4], 16 bytes, but has 4"),
     "a product that wraps to 4": (said(shape=f"[{HUGE + 1},4]"), "but has 4"),
     "a product that wraps to 0": (said(shape=f"[{HUGE},4]", offsets="[0,0]"), "but has 0"),
-    "brackets by the million": (b'{"w":[' + b"[]," * 5_000_000 + b"1]}", "more than 4,000,000 tables and lists"),
+    "brackets by the million": (b'{"w":[' + b"[]," * 8_000_000 + b"1]}", "more than 16,000,000 values"),
     "32 huge dimensions": (said(shape=str([HUGE] * 32)), "but has 4"),
     "an empty tensor with bytes": (said(shape="[0]"), "w is U8 [0], 0 bytes, but has 4"),
     # places

@@ -50,6 +50,22 @@ def problems_of(model: Path, **options: Any) -> list[tuple[str, str, str]]:
     return [(problem.kind, problem.where, problem.message) for problem in raised.value.problems]
 
 
+# what cannot be recorded
+
+
+def test_a_model_of_files_that_some_disks_take_for_one_is_not_recorded(tmp_path: Path) -> None:
+    """Nobody could verify the manifest: the reader refuses it."""
+    for name in ("model-a.safetensors", "model-A.safetensors"):
+        save(tmp_path / name, {name: torch.zeros(2)}, container="safetensors", config=None)
+        (tmp_path / name / "model.safetensors").rename(tmp_path / f"x{name}")
+        (tmp_path / name).rmdir()
+        (tmp_path / f"x{name}").rename(tmp_path / name)
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this disk takes them for one")
+    with pytest.raises(CheckpointError, match=r"'model-A\.safetensors' and 'model-a\.safetensors'.*rename one"):
+        record(tmp_path)
+
+
 # what matches
 
 

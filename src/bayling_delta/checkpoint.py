@@ -5,14 +5,15 @@ and no weights are read.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
+from unicodedata import normalize
 
 from bayling_delta import meta_format, safetensors_format, torch_format
 from bayling_delta.downloads import mended
-from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse, shown
 from bayling_delta.sources import (
     exists,
     file_size,
@@ -36,6 +37,7 @@ __all__ = [
     "is_plain_name",
     "is_rotary_buffer",
     "loadable_files",
+    "look_alikes",
     "open_checkpoint",
     "open_weights",
     "read_index",
@@ -49,7 +51,18 @@ EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 _ROTARY: Final = ".rotary_emb.inv_freq"
 JSON_CAP: Final = 100_000_000
-"""Bytes of an index, configuration, tokenizer or manifest that are read; far above any real one."""
+"""Bytes of an index, manifest or journal that are read: an index of a million tensors, a manifest of 400,000."""
+_CAPS: Final = {
+    **dict.fromkeys(
+        ("config.json", "generation_config.json", "special_tokens_map.json", meta_format.PARAMS_NAME), 4_000_000
+    ),
+    **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"), 64_000_000),
+}
+"""Bytes of other files, by name; twice those of the largest known, of 260,000 tokens, and far more than most have."""
+
+
+_MOST_TOLD: Final = 1000
+"""Problems of one kind and file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +238,9 @@ def read_index(path: Path) -> tuple[_Files, list[Problem]]:
         else:
             strange.append((tensor, name))
     strange += [(tensors[0], name) for name, tensors in placed.items() if not stays_in_directory(name)]
-    problems = [
-        Problem("unsafe_name", str(path), f"places {tensor[:80]!r} in {str(name)[:80]!r}, outside its directory")
-        for tensor, name in strange
-    ]
+    outside = (f"places {shown(tensor)!r} in {shown(str(name))!r}, outside its directory" for tensor, name in strange)
+    problems = _first("unsafe_name", path, outside)
+    problems += _first("unsafe_name", path, (f"names {two}" for two in look_alikes(placed)))
     if not weight_map:
         problems.append(Problem("index", str(path), "names no tensors"))
     return {name: tensors for name, tensors in placed.items() if stays_in_directory(name)}, problems
@@ -264,9 +276,30 @@ def loadable_files(directory: Path) -> list[str]:
     return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
 
 
+_NO_PLAIN_LETTER: Final = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What parts a path, names a drive or a stream, has no encoding, or moves a cursor."""
+_DEVICE: Final = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\..*)?", re.IGNORECASE)
+"""A device of Windows, in every directory. Source: Microsoft, "Naming Files, Paths, and Namespaces"."""
+
+
 def stays_in_directory(name: str) -> bool:
-    """Whether a name from a file names a file of the same directory."""
-    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f\ud800-\udfff]", name)
+    """Whether a name from a file names a file of the same directory, on any system."""
+    if not name or name.endswith((".", " ")):  # which Windows leaves out at the end of a name
+        return False
+    return not _NO_PLAIN_LETTER.search(name) and not _DEVICE.fullmatch(name)
+
+
+def look_alikes(names: Iterable[str]) -> list[str]:
+    """Names that some disks, macOS's and Windows's among them, take for one another; each two in words."""
+    first: dict[str, str] = {}
+    pairs = ((first.setdefault(_folded(name), name), name) for name in names)
+    same = "which are one file on a disk where case, or how a letter is composed, does not count"
+    return [f"{shown(one)!r} and {shown(other)!r}, {same}" for one, other in pairs if one != other]
+
+
+def _folded(name: str) -> str:
+    """The same for names that differ in nothing else (Unicode, section 3.13, canonical caseless matching)."""
+    return normalize("NFD", normalize("NFD", name).casefold())
 
 
 def _open_shards(
@@ -293,10 +326,10 @@ def _open_shards(
         problems += _check_index(shard, expected, refs)
         for tensor, ref in refs.items():
             if not is_plain_name(tensor):
-                problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {tensor[:80]!r}"))
+                problems.append(Problem("unsafe_name", str(shard), f"has a tensor with the name {shown(tensor)!r}"))
             if tensor in tensors:
                 other = tensors[tensor].views[0].file.name
-                problems.append(Problem("index", str(shard), f"{tensor} is also in {other}"))
+                problems.append(Problem("index", str(shard), f"{shown(tensor)} is also in {other}"))
             tensors[tensor] = ref
     config: dict[str, Any] | None = None
     try:
@@ -321,9 +354,23 @@ def _check_index(shard: Path, expected: list[str] | None, refs: dict[str, Tensor
     stray = sorted(name for name in refs.keys() - set(expected) if not is_rotary_buffer(name))
     advice = "is one of them stale? Download both again"
     return [
-        *(Problem("index", str(shard), f"lacks {name}, which the index places here; {advice}") for name in absent),
-        *(Problem("index", str(shard), f"has {name}, which the index does not place here; {advice}") for name in stray),
+        *_first("index", shard, (f"lacks {shown(name)}, which the index places here; {advice}" for name in absent)),
+        *_first(
+            "index", shard, (f"has {shown(name)}, which the index does not place here; {advice}" for name in stray)
+        ),
     ]
+
+
+def _first(kind: str, path: Path, messages: Iterable[str]) -> list[Problem]:
+    """The first of what is wrong with a file, and how much more there is: a few bytes of an index make one of each."""
+    told: list[Problem] = []
+    left = 0
+    for message in messages:
+        if len(told) < _MOST_TOLD:
+            told.append(Problem(kind, str(path), message))
+        else:
+            left += 1
+    return [*told, Problem(kind, str(path), f"has {left:,} more problems of this kind")] if left else told
 
 
 def _meta_folder(path: Path) -> Path | None:
@@ -407,14 +454,15 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
     return config
 
 
-def read_table(path: Path, limit: int = JSON_CAP) -> dict[str, Any]:
-    """Read a JSON file of up to ``limit`` bytes that holds one table.
+def read_table(path: Path, limit: int | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds one table; of up to ``limit`` bytes, or of as many as files of its name may have.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
+    most = limit or _CAPS.get(path.name, JSON_CAP)
     try:
-        table = load_strict(read_file(path, limit))  # whose bytes are not kept while they are parsed
+        table = load_strict(read_file(path, most))  # whose bytes are not kept while they are parsed
     except ValueError as error:
         with open_source(path) as source:
             found = what_instead(read_bytes(source, 0, 512), source.size)

@@ -579,7 +579,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 6
         what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
         message = f"{what} ({error.strerror})"
-        _fail(report.usage_document(command, "output", message), f"error: {message}", as_json)
+        _fail(report.usage_document(command, "output", message), report.readable(f"error: {message}"), as_json)
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         if "--debug" in words:
             raise

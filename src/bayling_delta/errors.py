@@ -7,7 +7,7 @@ problems, and `refuse` raises them all at once.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 __all__ = [
     "KINDS",
@@ -22,7 +22,16 @@ __all__ = [
     "Problem",
     "UsageError",
     "refuse",
+    "shown",
 ]
+
+
+_MOST_LETTERS: Final = 200
+
+
+def shown(name: str) -> str:
+    """A name from a file as a message has it: cut where it is longer than names are, as it may be megabytes."""
+    return name if len(name) <= _MOST_LETTERS else f"{name[:_MOST_LETTERS]}…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from bayling_delta.checkpoint import JSON_CAP, is_plain_name, read_table, stays_in_directory
+from bayling_delta.checkpoint import is_plain_name, look_alikes, read_table, stays_in_directory
 from bayling_delta.downloads import download_again, expected_sha256, record_source
-from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.errors import CheckpointError, Problem, refuse, shown
 from bayling_delta.manifest import (
     CHECKLIST_NAME,
     MANIFEST_NAME,
@@ -37,6 +37,10 @@ __all__ = [
     "read_sums",
     "sums_problems",
 ]
+
+
+_LIST_CAP: Final = 10_000_000
+"""Bytes of a list of digests that are read: 100,000 files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ def read_manifest(path: Path) -> Expectation:
             (document["ok"] is not True, "it does not say that all went well"),
             (weights_digest(tensors.values()) != recorded, "its tensors' digests do not add up to its weights digest"),
             (len(files) != len(names), "it has a file twice"),
+            *((True, f"it has {two}") for two in look_alikes(files)),
             (dtype not in (None, *FLOATS), "it names a dtype that no result has"),
             (not isinstance(recipe, str | None), "its recipe is no name"),
             (not isinstance(operation, str), "its operation is no name"),
@@ -148,13 +153,13 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> TensorDigest:
 def _file(entry: Mapping[str, Any]) -> tuple[str | None, int]:
     size, sha256 = entry["size"], entry["sha256"]
     if type(size) is not int:
-        raise ValueError(f"a file of size {size!r}")
+        raise ValueError(f"a file of size {str(size)[:80]}")
     return (None if sha256 is None else parse_digest(sha256).removeprefix("sha256:")), size
 
 
 def _name(name: str) -> str:
     if not stays_in_directory(name):
-        raise ValueError(f"a file {name!r}")
+        raise ValueError(f"a file {shown(str(name))!r}")
     return name
 
 
@@ -177,12 +182,13 @@ def _read_checklist(path: Path) -> Expectation:
 def _read_list(path: Path, digits: int) -> dict[str, str]:
     """Digests of so many hexadecimal digits, by the names of files."""
     digests: dict[str, str] = {}
-    text = read_file(path, JSON_CAP).decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")  # as from Windows
+    text = read_file(path, _LIST_CAP).decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")  # as from Windows
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         found = re.fullmatch(rf"([0-9a-fA-F]{{{digits}}}) [ *](.+)", line)
         if not found or not stays_in_directory(found[2]) or found[2] in digests:
             raise CheckpointError(Problem("record", str(path), f"line {number} is not 'DIGEST  NAME' of a file here"))
         digests[found[2]] = found[1].lower()
+    refuse([Problem("record", str(path), f"has {two}") for two in look_alikes(digests)])
     return digests
 
 
@@ -234,7 +240,7 @@ def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[
     if not {str(directory / MANIFEST_NAME), str(path)} <= by_source.keys():
         return []  # a list by itself may be anybody's, in whatever form
     files = {name: file.sha256 or "" for name, file in by_source[str(path)].files.items()}
-    if read_file(path, JSON_CAP) == sums_text(files).encode("utf-8", "surrogateescape"):
+    if read_file(path, _LIST_CAP) == sums_text(files).encode("utf-8", "surrogateescape"):
         return []
     return [
         Problem(
@@ -329,7 +335,7 @@ def _tensor_differences(
 ) -> Iterator[Problem]:
     source = expected.source
     for name in sorted(wanted.keys() - found.keys()):
-        yield Problem("model", str(model), f"lacks the tensor {name}, which {source} has")
+        yield Problem("model", str(model), f"lacks the tensor {shown(name)}, which {source} has")
     for name in sorted(found.keys() - wanted.keys()):
         yield Problem("model", str(model / places[name]), f"has the tensor {name}, which {source} does not have")
     for name, digest in found.items():

@@ -47,6 +47,10 @@ CHECKLIST_NAME: Final = "checklist.chk"
 """What Meta calls the list of the MD5 of a model's files."""
 
 
+_COMMANDS: Final = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal obeys and JSON need not escape: control characters, line separators, marks of direction."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorDigest:
     """One tensor of a state dict, by what it holds."""
@@ -153,7 +157,8 @@ def to_json(document: Mapping[str, Any]) -> str:
     text = io.StringIO()
     json.dump(document, text, indent=2, ensure_ascii=False)  # in parts: dumps would hold them all at once
     # A lone surrogate, from a file name that is not UTF-8, has no encoding, but JSON has an escape for it.
-    return text.getvalue().encode("utf-8", "backslashreplace").decode() + "\n"
+    written = text.getvalue().encode("utf-8", "backslashreplace").decode() + "\n"
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
 
 def verification_texts(manifest: Mapping[str, Any]) -> list[str]:

@@ -231,7 +231,7 @@ def _places(
     names = dict.fromkeys(name for state in states for name in state)
     layers: dict[int, set[str]] = {}
     for name in names:
-        found = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)", name)
+        found = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,2})\.(.+)", name)
         place = _PLACES.get(found[2] if found else name)
         if place is None or (found is None) != ("{}" not in place.name):
             what = f"has {name[:80]!r}, which no LLaMA of Meta's has; is it another kind of model?"

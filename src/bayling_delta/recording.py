@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from bayling_delta import companions, engine
-from bayling_delta.checkpoint import Checkpoint, WeightFile, directory_of, open_checkpoint, stays_in_directory
+from bayling_delta.checkpoint import (
+    Checkpoint,
+    WeightFile,
+    directory_of,
+    look_alikes,
+    open_checkpoint,
+    stays_in_directory,
+)
 from bayling_delta.copies import copy_problems
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
@@ -54,6 +61,10 @@ def record(
         )
         for name in found.files
         if not stays_in_directory(name)
+    ]
+    names_problems += [
+        Problem("unsafe_name", str(found.checkpoint.directory), f"has {two}; rename one")
+        for two in look_alikes(found.files)
     ]
     refuse([*found.problems, *names_problems, *download_problems(found.checkpoint.directory, found.files)])
     result = result_section((found.tensors or {}).values(), found.places)

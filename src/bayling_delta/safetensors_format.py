@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.errors import CheckpointError, Problem, shown
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.strict_json import load_strict
 from bayling_delta.tensors import DTYPES, RANK_CAP, TensorRef, one_view
@@ -19,7 +19,8 @@ __all__ = ["lay_out", "parse"]
 
 _HEADER_CAP = 100_000_000
 """Bytes; the reference library's own limit."""
-_TENSOR_CAP = 1_000_000
+_VALUES_CAP = 16_000_000
+"""Keys, values, tables and lists: some twelve for each of a million tensors."""
 _NEWER_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
@@ -51,7 +52,7 @@ def parse(source: Source) -> dict[str, TensorRef]:
     for begin, end, name, _ in in_order:
         if begin != position:
             wrong = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise _damaged(path, f"{name} {wrong}")
+            raise _damaged(path, f"{shown(name)} {wrong}")
         position = end
     if source.size < position:
         raise _short(path, source.size, position)
@@ -64,7 +65,7 @@ def _load_header(path: Path, text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _damaged(path, "its header does not begin with '{'; this is not a safetensors file")
     try:
-        entries: dict[str, Any] = load_strict(text, most_tables=4 * _TENSOR_CAP)
+        entries: dict[str, Any] = load_strict(text, _VALUES_CAP)
     except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     return entries
@@ -73,22 +74,24 @@ def _load_header(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, start: int, name: str, entry: Any) -> tuple[int, int, str, TensorRef]:
     """Where in the file one tensor begins and ends, its name and its reference; ``start`` is where the data begin."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _damaged(path, f"{name} lacks one of dtype, shape, data_offsets")
+        raise _damaged(path, f"{shown(name)} lacks one of dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype in _NEWER_DTYPES:
         raise CheckpointError(
-            Problem("unsupported", str(path), f"{name} has dtype {dtype}, which is not read here; quantised weights?")
+            Problem(
+                "unsupported", str(path), f"{shown(name)} has dtype {dtype}, which is not read here; quantised weights?"
+            )
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
+        raise _damaged(path, f"{shown(name)} has the unknown dtype {repr(dtype)[:80]}")
     if not _counts(shape) or len(shape) > RANK_CAP:
-        raise _damaged(path, f"{name} has the shape {str(shape)[:80]}, which is not a list of sizes")
+        raise _damaged(path, f"{shown(name)} has the shape {str(shape)[:80]}, which is not a list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{name} has the data_offsets {str(offsets)[:80]}, which are not a range")
+        raise _damaged(path, f"{shown(name)} has the data_offsets {str(offsets)[:80]}, which are not a range")
     begin, end = offsets
     ref = one_view(path, start + begin, dtype, tuple(shape))
     if ref.nbytes != end - begin:
-        raise _damaged(path, f"{name} is {ref}, {ref.nbytes:,} bytes, but has {end - begin:,}")
+        raise _damaged(path, f"{shown(name)} is {ref}, {ref.nbytes:,} bytes, but has {end - begin:,}")
     return start + begin, start + end, name, ref
 
 

@@ -13,7 +13,10 @@ PyTorch writes with them.
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeGuard
+
+from bayling_delta.errors import shown
+from bayling_delta.tensors import RANK_CAP
 
 __all__ = ["PickleError", "TensorSpec", "read_state_dict"]
 
@@ -108,11 +111,11 @@ def read_state_dict(pickle: bytes) -> dict[str, TensorSpec]:
             raise PickleError(f"the state dict has {_describe(name)} for a name", unsupported=True)
         if isinstance(value, dict) and value:
             raise PickleError(
-                f"{name!r} is a table in the table; save the state dict by itself, without what surrounds it",
+                f"{shown(name)!r} is a table in the table; save the state dict by itself, without what surrounds it",
                 unsupported=True,
             )
         if not isinstance(value, TensorSpec):
-            raise PickleError(f"{name!r} is {_describe(value)}, not a tensor", unsupported=True)
+            raise PickleError(f"{shown(name)!r} is {_describe(value)}, not a tensor", unsupported=True)
         specs[name] = value
     return specs
 
@@ -314,7 +317,7 @@ class _Machine:
             if not isinstance(key, str | int):
                 raise PickleError("the pickle has a table whose key is neither a string nor a number")
             if key in target:
-                raise PickleError(f"the pickle has {key!r} twice in one table")
+                raise PickleError(f"the pickle has {shown(str(key))!r} twice in one table")
             target[key] = value
         self.stack.append(target)
 
@@ -375,14 +378,15 @@ def _text(data: bytes) -> str:
 
 
 def _sizes(values: tuple[object, ...]) -> tuple[int, ...]:
-    if len(values) > 64:
-        raise PickleError("the pickle has a tensor of more than 64 dimensions")
-    sizes: list[int] = []
-    for value in values:
-        if type(value) is not int:
-            raise PickleError("the pickle has a tensor whose shape is not made of numbers")
-        sizes.append(value)
-    return tuple(sizes)
+    if len(values) > RANK_CAP:
+        raise PickleError(f"the pickle has a tensor of more than {RANK_CAP} dimensions")
+    if not _are_numbers(values):
+        raise PickleError("the pickle has a tensor whose shape is not made of numbers")
+    return values  # itself: a copy for each of the tensors that name it would be many times the pickle
+
+
+def _are_numbers(values: tuple[object, ...]) -> TypeGuard[tuple[int, ...]]:
+    return set(map(type, values)) <= {int}
 
 
 def _opcode_name(code: int) -> str:

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from bayling_delta.downloads import download_again
-from bayling_delta.errors import CheckpointError, IntegrityError, Problem
+from bayling_delta.errors import CheckpointError, IntegrityError, Problem, shown
 from bayling_delta.sources import Source, read_bytes
 from bayling_delta.state_pickle import PickleError, TensorSpec, read_state_dict
 from bayling_delta.tensors import DTYPES, RANK_CAP, TensorRef, one_view, row_major
@@ -61,7 +61,8 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
     for name, spec in specs.items():
         if dtypes.setdefault(spec.storage.key, spec.storage.dtype) != spec.storage.dtype:
             raise _damaged(
-                path, f"{name} lies in storage {spec.storage.key!r}, which another tensor gives another dtype"
+                path,
+                f"{shown(name)} lies in storage {shown(spec.storage.key)!r}, which another tensor gives another dtype",
             )
     refs = {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
     return refs, tuple(sorted(records.values(), key=attrgetter("offset"))) if checked else ()
@@ -78,7 +79,7 @@ def _read_record(source: Source, record: Record, checked: bool) -> bytes:
 def record_damage(path: Path, name: str) -> Problem:
     """The finding that a record's bytes are not those that were written."""
     again = f"download the file again: {download_again(path)}"
-    return Problem("crc", str(path), f"record {name} is damaged: its CRC-32 is wrong; {again}")
+    return Problem("crc", str(path), f"record {shown(name)} is damaged: its CRC-32 is wrong; {again}")
 
 
 def _check_byte_order(source: Source, record: Record | None, checked: bool) -> None:
@@ -100,25 +101,27 @@ def _reference(path: Path, root: str, records: dict[str, Record], name: str, spe
     item_bytes = DTYPES[storage.dtype]
     record = records.get(f"{root}data/{storage.key}")
     if record is None:
-        raise _damaged(path, f"{name} lies in storage {storage.key!r}, which the archive does not have")
+        raise _damaged(path, f"{shown(name)} lies in storage {shown(storage.key)!r}, which the archive does not have")
     if record.size != storage.elements * item_bytes:
         raise _damaged(
             path,
-            f"{name} lies in a storage of {storage.elements:,} {storage.dtype} elements, "
+            f"{shown(name)} lies in a storage of {storage.elements:,} {storage.dtype} elements, "
             f"but its record has {record.size:,} bytes",
         )
     if len(spec.shape) != len(spec.strides) or len(spec.shape) > RANK_CAP:
-        raise _damaged(path, f"{name} has {len(spec.shape)} dimensions and {len(spec.strides)} strides")
+        raise _damaged(path, f"{shown(name)} has {len(spec.shape)} dimensions and {len(spec.strides)} strides")
     if spec.offset < 0 or min(spec.shape + spec.strides, default=0) < 0:
-        raise _damaged(path, f"{name} has a negative offset, size or stride")
+        raise _damaged(path, f"{shown(name)} has a negative offset, size or stride")
     if math.prod(max(1, size) for size in spec.shape) * item_bytes >= 1 << 63:
-        raise _damaged(path, f"{name} has more elements than can be counted")
+        raise _damaged(path, f"{shown(name)} has more elements than can be counted")
     if math.prod(spec.shape) * item_bytes > max(record.size, _EXPANDED_CAP):
-        raise _unsupported(path, f"{name} repeats a storage of {record.size:,} bytes; save it after contiguous()")
+        raise _unsupported(
+            path, f"{shown(name)} repeats a storage of {record.size:,} bytes; save it after contiguous()"
+        )
     if 0 not in spec.shape:
         last = spec.offset + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
         if last >= storage.elements:
-            raise _damaged(path, f"{name} reaches to element {last:,} of a storage of {storage.elements:,}")
+            raise _damaged(path, f"{shown(name)} reaches to element {last:,} of a storage of {storage.elements:,}")
     contiguous = 0 in spec.shape or all(
         size == 1 or stride == expected
         for size, stride, expected in zip(spec.shape, spec.strides, row_major(spec.shape), strict=True)

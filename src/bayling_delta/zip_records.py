@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayling_delta.errors import CheckpointError, Problem
+from bayling_delta.errors import CheckpointError, Problem, shown
 from bayling_delta.sources import Source, read_bytes
 
 __all__ = ["Record", "read_records"]
@@ -56,7 +56,7 @@ def read_records(source: Source) -> dict[str, Record]:
     for _ in range(count):
         header_offset, record, position = _central_entry(path, directory, position)
         if record.name in claimed:
-            raise _damaged(path, f"its zip directory has {record.name!r} twice")
+            raise _damaged(path, f"its zip directory has {shown(record.name)!r} twice")
         claimed[record.name] = header_offset, record
     if position != size:
         raise _damaged(path, "its zip directory has bytes after its last entry")
@@ -65,7 +65,7 @@ def read_records(source: Source) -> dict[str, Record]:
     end = 0
     for record in sorted(records.values(), key=lambda record: record.offset):
         if record.size and record.offset < end:
-            raise _damaged(path, f"record {record.name!r} overlaps the record before it")
+            raise _damaged(path, f"record {shown(record.name)!r} overlaps the record before it")
         end = max(end, record.offset + record.size)
     return records
 
@@ -129,13 +129,13 @@ def _central_entry(path: Path, directory: bytes, position: int) -> tuple[int, Re
         extra = directory[extra_start : extra_start + extra_bytes]
         size, packed, header_offset = _zip64(path, name, extra, (size, packed, header_offset))
     if flags & _ENCRYPTED:
-        raise _damaged(path, f"record {name!r} is encrypted; PyTorch does not do that")
+        raise _damaged(path, f"record {shown(name)!r} is encrypted; PyTorch does not do that")
     if method and "/code/" in name:
         raise CheckpointError(
             Problem("unsupported", str(path), "is a TorchScript archive, a program and not a state dict")
         )
     if method or packed != size:
-        raise _damaged(path, f"record {name!r} is compressed; PyTorch stores its records as they are")
+        raise _damaged(path, f"record {shown(name)!r} is compressed; PyTorch stores its records as they are")
     return header_offset, Record(name, 0, size, crc32), after
 
 
@@ -152,7 +152,7 @@ def _zip64(path: Path, name: str, extra: bytes, values: tuple[int, int, int]) ->
             first, second, third = (next(numbers) if value == 0xFFFFFFFF else value for value in values)
             return first, second, third
         position += 4 + length
-    raise _damaged(path, f"record {name!r} lacks its zip64 sizes")
+    raise _damaged(path, f"record {shown(name)!r} lacks its zip64 sizes")
 
 
 def _local_bytes(name: str) -> int:
@@ -165,18 +165,18 @@ def _place(source: Source, header_offset: int, record: Record, limit: int) -> Re
     path, name = source.path, record.name
     head = read_bytes(source, header_offset, _local_bytes(name))
     if len(head) < _LOCAL.size or not head.startswith(b"PK\x03\x04"):
-        raise _damaged(path, f"record {name!r} is not where the zip directory says")
+        raise _damaged(path, f"record {shown(name)!r} is not where the zip directory says")
     _, _, flags, method, _, _, _, packed, size, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
     if head[_LOCAL.size : _LOCAL.size + name_bytes] != name.encode():
-        raise _damaged(path, f"record {name!r} has another name in its local header")
+        raise _damaged(path, f"record {shown(name)!r} has another name in its local header")
     if method or flags & _ENCRYPTED:
-        raise _damaged(path, f"record {name!r} is compressed or encrypted, its local header says")
+        raise _damaged(path, f"record {shown(name)!r} is compressed or encrypted, its local header says")
     sizes = (record.size, 0xFFFFFFFF, 0) if flags & _DESCRIPTOR_FOLLOWS else (record.size, 0xFFFFFFFF)
     if packed not in sizes or size not in sizes:
-        raise _damaged(path, f"record {name!r} has another size in its local header")
+        raise _damaged(path, f"record {shown(name)!r} has another size in its local header")
     offset = header_offset + _LOCAL.size + name_bytes + extra_bytes
     if offset + record.size > limit:
-        raise _damaged(path, f"record {name!r} reaches into the zip directory")
+        raise _damaged(path, f"record {shown(name)!r} reaches into the zip directory")
     return Record(name, offset, record.size, record.crc32)
 
 
