@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,13 +23,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.gettempdir() + "/no-ca
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what the tests that count have tried; docs/reliability.md has these figures."""
-    reports = [report for report in terminalreporter.getreports("passed") if report.user_properties]
-    if reports:
+    """Say what the tests that count have tried, each test's cases together; docs/reliability.md has these figures."""
+    tried: dict[str, Counter[str]] = {}
+    for report in terminalreporter.getreports("passed"):
+        for what, found in report.user_properties:
+            counts = found if isinstance(found, dict) else {what: found}
+            tried.setdefault(report.nodeid.partition("[")[0], Counter()).update(counts)
+    if tried:
         terminalreporter.section("tried")
-    for report in reports:
-        for what, figure in report.user_properties:
-            terminalreporter.line(f"{report.nodeid.partition('::')[2]}: {what}: {figure}")
+    for test, counts in tried.items():
+        figures = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+        terminalreporter.line(f"{test}: {figures}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,37 @@
 """A system that fails, through the seam: what is retried, what has another way, and what ends the run cleanly."""
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bayling_delta import apply, system
 from bayling_delta.crew import Crew, Station
-from bayling_delta.errors import BaylingDeltaError, CheckpointError, OutputError
+from bayling_delta.errors import CheckpointError, OutputError
 from bayling_delta.files import FileWriter, write_file
 from bayling_delta.sources import open_source, read_bytes
 from bayling_delta.staging import partial_path, staged_directory
 from bayling_delta.system import ALIGNMENT, System
+from tests.failing import (
+    METHODS,
+    Call,
+    FailingNth,
+    Fault,
+    Watched,
+    assert_whole,
+    contents,
+    error,
+    nothing,
+    short,
+)
 from tests.pairs import assert_same, llama, load, published_sum, save
+from tests.running import Finished, Run
 
 Pair = tuple[Path, Path]
 
@@ -85,12 +102,23 @@ class NoDirectRead(System):
         return bool(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)
 
 
+class NoDirectWrite(NoDirectRead):
+    """The same, and the writes."""
+
+    def write_from(self, handle: int, view: memoryview, offset: int) -> int:
+        if self.is_direct(handle):
+            raise OSError(errno.EINVAL, "no direct I/O here")
+        return super().write_from(handle, view, offset)
+
+
 class NoPreallocation(System):
     def preallocate(self, handle: int, size: int) -> None:  # noqa: ARG002
         raise OSError(errno.EOPNOTSUPP, "not here")
 
 
-@pytest.mark.parametrize("faulty", [ShortReads, ShortWrites, NoDirectOpen, NoDirectRead, NoPreallocation])
+@pytest.mark.parametrize(
+    "faulty", [ShortReads, ShortWrites, NoDirectOpen, NoDirectRead, NoDirectWrite, NoPreallocation]
+)
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
 def test_what_can_be_carried_on_is(tmp_path: Path, pair: Pair, faulty: type[System], direct: bool) -> None:
     with system.using(faulty()):
@@ -98,89 +126,361 @@ def test_what_can_be_carried_on_is(tmp_path: Path, pair: Pair, faulty: type[Syst
     rebuilt(tmp_path / "out")
 
 
-# what ends the run
+# every call fails once
 
 
-class FailingNth(System):
-    """The n-th call of one kind fails."""
+@dataclass(frozen=True)
+class Row:
+    """A fault, and how a run ends that meets it."""
 
-    def __init__(self, call: str, number: int, code: int) -> None:
-        self.left = number
-        original = getattr(super(), call)
-
-        def failing(*arguments: object, **options: object) -> object:
-            self.left -= 1
-            if not self.left:
-                raise OSError(code, os.strerror(code))
-            return original(*arguments, **options)
-
-        setattr(self, call, failing)
+    name: str
+    fault: Fault
+    outcome: str
+    """``fine``, ``ends``, or ``either``: of what is asked more than once, or as a hint, or to clean up."""
+    direct: bool = False
+    """Whether it is met by calls alone that pass by the page cache."""
 
 
-CASES = [
-    ("read_into", errno.EIO, CheckpointError, "unreadable"),
-    ("open_read", errno.EACCES, CheckpointError, "unreadable"),
-    ("stat_handle", errno.ESTALE, CheckpointError, "unreadable"),
-    ("write_from", errno.ENOSPC, OutputError, "disk_space"),
-    ("write_from", errno.EIO, OutputError, "write"),
-    ("open_write", errno.EROFS, OutputError, "write"),
-    ("preallocate", errno.ENOSPC, OutputError, "disk_space"),
-    ("truncate", errno.EIO, OutputError, "write"),
-    ("sync", errno.EIO, OutputError, "write"),
-    ("sync_directory", errno.EIO, OutputError, "write"),
-    ("make_directory", errno.EACCES, OutputError, "write"),
-    ("rename_new", errno.EXDEV, OutputError, "write"),
-    ("rename_new", errno.EEXIST, OutputError, "output_exists"),
-]
+def fails(*codes: int, outcome: str = "ends", direct: bool = False) -> list[Row]:
+    return [Row(errno.errorcode[code], error(code), outcome, direct) for code in codes]
 
 
-@pytest.mark.parametrize(
-    ("call", "code", "error", "kind"), CASES, ids=[f"{c[0]}-{errno.errorcode[c[1]]}" for c in CASES]
-)
-def test_every_call_fails_once(
-    tmp_path: Path, pair: Pair, call: str, code: int, error: type[BaylingDeltaError], kind: str
-) -> None:
-    """For n = 1, 2, 3 … until a run needs no more: the right error, and no output, or the whole one.
+def closing_fails(call: Call, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The system complains, and the handle is gone: as Linux does it."""
+    call(*arguments, **options)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    What is kept is what is finished; the next run goes on with it, and what it makes is the same.
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FAULTS: dict[str, list[Row]] = {
+    "open_read": [
+        *fails(errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE, errno.EMFILE),
+        *fails(errno.EINVAL, errno.EOPNOTSUPP, outcome="fine", direct=True),
+    ],
+    "read_into": [
+        *fails(errno.EIO, errno.ESTALE),
+        *fails(errno.EINTR, outcome="fine"),
+        *fails(errno.EINVAL, errno.EOPNOTSUPP, outcome="fine", direct=True),
+        Row("short", short, "fine"),
+        Row("short direct", short, "fine", direct=True),
+    ],
+    "stat_handle": fails(errno.EIO, errno.ESTALE),
+    "stat": fails(errno.EIO, errno.EACCES, errno.ESTALE, outcome="either"),
+    "list_directory": fails(errno.EIO, errno.EACCES, outcome="either"),
+    "exists": fails(errno.EIO, errno.EACCES, outcome="either"),
+    "read_link": fails(errno.EIO, errno.EACCES, outcome="either"),
+    "real_path": [],  # it tells of no failure: os.path.realpath leaves what it cannot read as it is
+    "free_bytes": fails(errno.EIO, errno.ENOSYS, outcome="either"),
+    "free_files": fails(errno.EIO, errno.ENOSYS, outcome="fine"),
+    "largest_file": fails(errno.EIO, errno.ENOSYS, outcome="fine"),
+    "advise_soon": fails(errno.EIO, errno.EINVAL, outcome="fine"),
+    "drop_cached": fails(errno.EIO, errno.EINVAL, outcome="fine"),
+    "open_write": [
+        *fails(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES),
+        *fails(errno.EINVAL, errno.EOPNOTSUPP, outcome="fine", direct=True),
+    ],
+    "open_update": fails(errno.EIO, errno.EACCES, errno.EROFS, errno.ENOENT, outcome="either"),
+    "write_from": [
+        *fails(errno.EIO, *NO_ROOM),
+        *fails(errno.EINTR, outcome="fine"),
+        *fails(errno.EINVAL, errno.EOPNOTSUPP, outcome="fine", direct=True),
+        Row("short", short, "fine"),
+        Row("short direct", short, "fine", direct=True),
+        Row("nothing", nothing, "fine"),
+    ],
+    "preallocate": [
+        *fails(errno.EIO, *NO_ROOM),
+        *fails(errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, outcome="fine"),
+    ],
+    "truncate": fails(errno.EIO, errno.EFBIG),
+    "sync": fails(errno.EIO, errno.ENOSPC, errno.EDQUOT),
+    "sync_directory": fails(errno.EIO, errno.EACCES),
+    "close": [Row("EIO", closing_fails, "fine")],
+    "make_directory": fails(errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS),
+    "remove_file": fails(errno.EIO, errno.EACCES, outcome="either"),
+    "remove_directory": fails(errno.EIO, errno.ENOTEMPTY, outcome="either"),
+    "rename_new": fails(errno.EIO, errno.ENOSPC, errno.EXDEV, errno.EEXIST, errno.EACCES),
+    "replace": fails(errno.EIO, errno.ENOSPC, errno.EACCES),
+    "lock": fails(errno.ENOLCK, errno.EIO, outcome="either"),
+}
+"""EINTR is met by reads and writes alone: of the other calls, Python or the seam makes each again."""
+
+
+def test_no_call_is_forgotten() -> None:
+    assert FAULTS.keys() == set(METHODS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the runs are about, made once; each begins from one of these states."""
+
+    place: Path
+    calls: dict[str, dict[str, list[tuple[Path, bool]]]] = field(default_factory=dict)
+    """By command, once it has been asked for: what `Watched.seen` has of a run without a fault."""
+
+    @property
+    def out(self) -> Path:
+        return self.place / "out"
+
+    def command(self, name: str) -> str:
+        inputs = f"--base {self.place / 'base'} --delta {self.place / 'delta'} --memory-limit 1MiB"
+        return {
+            "apply": f"apply {inputs} --out {self.out} --max-shard-size 70kB",
+            "go on": f"apply {inputs} --out {self.out} --max-shard-size 70kB",
+            "repair": f"repair {self.out} {inputs}",
+            "record": f"record {self.place / 'whole'} -o {self.out} --memory-limit 1MiB",
+            "verify": f"verify {self.place / 'whole'} --memory-limit 1MiB",
+            "inspect": f"inspect {self.place / 'whole'}",
+        }[name]
+
+    def reset(self, name: str) -> None:
+        """Have everything as it is before the command."""
+        for path in (self.out, partial_path(self.out)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if name == "go on":
+            shutil.copytree(self.place / "begun", partial_path(self.out))
+        if name == "repair":
+            shutil.copytree(self.place / "damaged", self.out)
+
+    def check(self, name: str, ended: Finished, *, before: bool = False) -> None:
+        """Hold what a run left against what it may have left; ``before``: whether the output was there before it."""
+        partial, whole = partial_path(self.out), self.place / "whole"
+        if name in ("apply", "go on"):
+            if ended.code == 0 or self.out.exists():
+                assert_whole(self.out, whole)
+            elif partial.exists() and name == "apply":
+                assert ended.document["error"]["hint"]
+            if name == "go on" and not self.out.exists():  # nothing is lost
+                assert contents(self.place / "begun" / "model").items() <= contents(partial / "model").items()
+        elif name == "repair":
+            bad = self.place / "damaged"
+            assert {path.name for path in self.out.iterdir()} == {path.name for path in whole.iterdir()}
+            for path in self.out.iterdir():
+                good = path.read_bytes() == (whole / path.name).read_bytes()
+                assert good or (ended.code and path.read_bytes() == (bad / path.name).read_bytes())
+        elif name == "record":
+            assert self.out.exists() >= (before or ended.code == 0)
+            if self.out.exists() and not before:  # it is whole, even where its name was not synced
+                assert json.loads(self.out.read_text())["ok"]
+            assert not list(self.place.glob(".bayling-delta-*"))
+        if partial.exists():
+            assert {path.name for path in partial.iterdir()} <= {"lock", "journal", "journal.new", "model"}
+
+    def named(self, path: Path, ended: Finished) -> bool:
+        """Whether what a run says leads to the file that could not be used."""
+        told = [(problem["where"], problem["message"]) for problem in ended.document["error"]["problems"]]
+        return any(str(path).startswith(where) or where.startswith(str(path)) for where, _ in told if where) or any(
+            str(path) in message for _, message in told
+        )
+
+    def codes(self, name: str, path: Path, row: Row) -> set[int]:
+        """With which codes a run may end that could not use a file."""
+        if row.outcome == "fine":
+            return {0}
+        ours = path.is_relative_to(self.out) or path.is_relative_to(partial_path(self.out)) or path == self.place
+        ours = ours or path.name.startswith(".bayling-delta-")
+        codes = {6} if ours else {3}
+        if name == "go on" and path.parent == partial_path(self.out) / "model":  # it is read back, or made again
+            codes = {0, 3, 6}
+        if name in ("verify", "repair"):  # what cannot be read of the model is damage, or is made anew
+            codes |= {3, 5}
+        if row.outcome == "either" or name in ("inspect", "repair"):
+            codes |= {0}
+        return codes
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    place = tmp_path_factory.mktemp("stage")
+    save(place / "base", llama(1), shards=2)
+    delta = save(place / "delta", llama(2, 0.01), shards=2)
+    (delta / "generation_config.json").write_text('{"bos_token_id": 1}')
+    (delta / "tokenizer.model").write_bytes(b"\x0a\x00not really")
+    options: dict[str, Any] = {"memory_limit": 1 << 20, "max_shard_size": 70_000}
+    with system.using(FailingNth("rename_new", 1, error(errno.EIO))), pytest.raises(OutputError):
+        apply(place / "base", delta, place / "whole", **options)
+    partial_path(place / "whole").rename(place / "begun")
+    apply(place / "base", delta, place / "whole", **options)
+    for path in (place / "begun" / "model").iterdir():
+        if path.suffix != ".safetensors" or path.name.startswith("model-00003"):
+            path.unlink()
+    shutil.copytree(place / "whole", place / "damaged")
+    for name in ("model-00002-of-00003.safetensors", "generation_config.json"):
+        path = place / "damaged" / name
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    return Stage(place)
+
+
+COMMANDS = ["apply", "go on", "repair", "record", "verify", "inspect"]
+
+
+def places(seen: list[tuple[Path, bool]], most: int | None) -> list[int]:
+    """Numbers of calls, counted from 1: all, or so many of those that are the first about a file in their thread.
+
+    The program's own data, many files that are all read in one way, count as one file.
     """
-    kept = number = 0
-    while True:
-        number += 1
-        out = tmp_path / f"out-{number}"
-        faulty = FailingNth(call, number, code)
-        with system.using(faulty):
-            raised = attempt(pair, out)
-        assert (raised is None) == (faulty.left > 0)
-        if raised is not None:
-            # What comes first is read of the registry, which is a record and no input.
-            kinds = {problem.kind for problem in raised.problems}
-            if not raised.problems[0].where.endswith(("lock", "journal", ".partial")):
-                assert type(raised) is error, raised
-                assert kinds in ({kind}, {"registry"})
-        if partial_path(out).exists():
-            kept += 1
-            assert raised is not None
-            assert raised.hint is not None
-            assert {path.name for path in partial_path(out).iterdir()} == {"lock", "journal", "model"}
-            assert not out.exists()
-            apply(*pair, out, memory_limit=1 << 20, max_shard_size=70_000)
-        if raised is None or out.exists():
-            rebuilt(out)
-            assert not partial_path(out).exists()
-        if raised is None:
-            break
-    assert number > 1
-    assert kept or call in ("open_read", "stat_handle", "make_directory")
+    data = Path(system.__file__).parent / "data"
+    found: dict[tuple[Path, bool], int] = {}
+    for number, (path, main) in enumerate(seen, 1):
+        found.setdefault((data if path.is_relative_to(data) else path, main), number)
+    if most is None:
+        first = set(found.values())
+        others = {number for number, (path, _) in enumerate(seen, 1) if not path.is_relative_to(data)}
+        return sorted({*first, *others, len(seen) + 1})  # one more than are made
+    numbers = list(found.values()) or [1]
+    return sorted({numbers[round(place * (len(numbers) - 1) / max(1, most - 1))] for place in range(most)})
 
 
-def attempt(pair: Pair, out: Path) -> BaylingDeltaError | None:
-    """What a run in several windows and files raises, if it does."""
-    try:
-        apply(*pair, out, memory_limit=1 << 20, max_shard_size=70_000)
-    except BaylingDeltaError as error:
-        return error
-    return None
+@pytest.mark.parametrize("call", METHODS)
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)], ids=["some", "every"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_call_fails_once(
+    stage: Stage, run: Run, record_property: Callable[[str, object], None], command: str, call: str, every: bool
+) -> None:
+    """The n-th call of a kind meets a fault, for each n, or for some; whatever is left, the next run is right."""
+    if command not in stage.calls:
+        stage.reset(command)
+        watched = Watched()
+        assert run(stage.command(command), watched).code == 0
+        stage.calls[command] = watched.seen
+    seen = stage.calls[command][call]
+    rows = FAULTS[call] if seen else []
+    met = 0
+    for row in rows if every or command == "apply" else rows[:1]:
+        numbers = places(seen, None if every else (3 if row is rows[0] else 1))
+        for number in numbers if command == "apply" else numbers[:: 1 + len(numbers) // 100]:
+            met += meets(stage, run, command, FailingNth(call, number, row.fault, direct=row.direct), row)
+    record_property("faults met", met)
+    assert bool(met) == bool(rows)
+
+
+def meets(stage: Stage, run: Run, command: str, world: FailingNth, row: Row) -> bool:
+    """Run a command in a world with a fault, and again in one without; whether the fault was met."""
+    stage.reset(command)
+    ended = run(stage.command(command), world)
+    stage.check(command, ended)
+    assert not world.left_open
+    if world.path is None:
+        assert ended.code == 0
+        return False
+    assert ended.code in stage.codes(command, world.path, row), (world.path, row.name, ended)
+    if ended.code:
+        assert stage.named(world.path, ended), (world.path, row.name, ended)
+        if ended.code == 6 and row.name in ("ENOSPC", "EDQUOT", "EFBIG"):
+            assert ended.kinds == ["disk_space"]
+    there = stage.out.exists()
+    again = run(stage.command(command))
+    stage.check(command, again, before=there)
+    assert again.code == (6 if there and command in ("apply", "go on", "record") else 0), again
+    assert not partial_path(stage.out).exists() or command == "repair"  # it may have had nothing to do
+    return True
+
+
+class Interrupted:
+    """The system's calls that Python does not make again: every other one is interrupted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for name in "stat lstat listdir readlink statvfs mkdir unlink rmdir rename replace".split():
+            setattr(self, name, self._interrupting(getattr(os, name)))
+
+    def _interrupting(self, call: Call) -> Call:
+        def interrupting(*arguments: Any) -> Any:
+            self.count += 1
+            if self.count % 2:
+                raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+            return call(*arguments)
+
+        return interrupting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+@pytest.mark.parametrize("renameat2", [True, False])
+def test_what_is_interrupted_is_done_again(
+    stage: Stage, run: Run, monkeypatch: pytest.MonkeyPatch, renameat2: bool
+) -> None:
+    answers = iter([errno.EINTR, errno.EINTR])
+    real = system._renameat2
+    interrupted = Interrupted()
+    monkeypatch.setattr(system, "os", interrupted)
+    monkeypatch.setattr(
+        system, "_renameat2", lambda old, new: next(answers, None) or (real(old, new) if renameat2 else errno.ENOSYS)
+    )
+    for command in COMMANDS:
+        stage.reset(command)
+        ended = run(stage.command(command))
+        stage.check(command, ended)
+        assert ended.code == 0
+    assert interrupted.count > 100
+
+
+class NoRoom(System):
+    """A disk that takes small files, and no weights."""
+
+    def preallocate(self, handle: int, size: int) -> None:  # noqa: ARG002
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_directory_that_cannot_be_emptied_is_still_known_as_ours(stage: Stage, run: Run) -> None:
+    """The lock stays in it, and the next run takes it over."""
+
+    class Sticky(NoRoom):
+        def remove_file(self, path: Path) -> None:
+            if path.name == "journal":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().remove_file(path)
+
+    stage.reset("apply")
+    assert run(stage.command("apply"), Sticky()).code == 6
+    assert {path.name for path in partial_path(stage.out).iterdir()} == {"lock", "journal"}
+    stage.check("apply", run(stage.command("apply")))
+    assert not partial_path(stage.out).exists()
+
+
+def test_what_is_finished_stays_if_its_directory_cannot_be_taken_up(stage: Stage, run: Run) -> None:
+    stage.reset("go on")
+    world = FailingNth("make_directory", 2, error(errno.EIO))
+    assert run(stage.command("go on"), world).code == 6
+    assert world.path == partial_path(stage.out) / "model"
+    assert contents(stage.place / "begun" / "model") == contents(partial_path(stage.out) / "model")
+
+
+def test_a_refused_hint_is_passed_over(tmp_path: Path) -> None:
+    """Files small enough for the loops above are never given back."""
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(1 << 24)
+    world = FailingNth("drop_cached", 1, error(errno.EINVAL))
+    with system.using(world), open_source(tmp_path / "file") as source:
+        source.forget(1 << 24)
+    assert world.path == tmp_path / "file"
+
+
+def test_a_file_that_could_not_be_begun_is_closed(tmp_path: Path) -> None:
+    world = FailingNth("preallocate", 1, error(errno.ENOSPC))
+    with system.using(world), pytest.raises(OutputError):
+        FileWriter(tmp_path / "file", 100, direct=False)
+    assert not world.left_open
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.model"])
+def test_what_the_system_does_not_tell_of_is_not_taken_for_absent(stage: Stage, run: Run, name: str) -> None:
+    """A result would silently lack the file."""
+
+    class Silent(System):
+        def exists(self, path: Path) -> bool:
+            if path == stage.place / "delta" / name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().exists(path)
+
+    stage.reset("apply")
+    ended = run(stage.command("apply"), Silent())
+    assert (ended.code, set(ended.kinds)) == (3, {"unreadable"})
+    assert not stage.out.exists()
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, pair: Pair) -> None:

@@ -19,6 +19,7 @@ from bayling_delta import apply, plan_apply, system, verify
 from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityError, OutputError
 from bayling_delta.staging import partial_path
 from bayling_delta.system import System
+from tests.failing import facts
 from tests.meta import Size, random_model, save_meta
 from tests.pairs import assert_same, llama, load, published_sum, save, shuffled
 
@@ -37,9 +38,19 @@ class FullAt(System):
 
     def open_write(self, path: Path, *, direct: bool) -> int:
         if path.name == self.name:
+            self.wait_for_the_journal(path.parent)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.written.add(path.name)
         return super().open_write(path, direct=direct)
+
+    def wait_for_the_journal(self, model: Path) -> None:
+        """Let the other threads finish what they have of the files before: the journal is synced file by file."""
+        before = len(list(model.iterdir()))
+        deadline = time.monotonic() + 2  # one thread alone cannot wait for itself
+        while time.monotonic() < deadline:
+            if (model.parent / "journal").read_bytes().count(b'{"finished":"file"') == before:
+                return
+            time.sleep(0.002)
 
     def read_into(self, handle: int, view: memoryview, offset: int) -> int:
         count = super().read_into(handle, view, offset)
@@ -58,13 +69,6 @@ def end_before(place: int, pair: Pair, out: Path, **options: Any) -> BaylingDelt
         apply(*pair, out, max_shard_size=SHARD, **options)
     assert not out.exists()
     return ended.value
-
-
-def facts(out: Path) -> dict[str, Any]:
-    """A manifest, without what differs between any two runs."""
-    manifest = json.loads((out / "bayling-delta.json").read_text())
-    del manifest["created"]
-    return dict(manifest)
 
 
 def in_order(place: Path) -> Pair:

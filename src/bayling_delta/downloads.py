@@ -54,9 +54,9 @@ def expected_sha256(path: Path) -> str | None:
     if target is not None:  # one step only: a blob may itself be a link, whose name is another kind of digest
         return target.name if target.parent.name == "blobs" and _SHA256.fullmatch(target.name) else None
     metadata = path.parent / _METADATA / f"{path.name}.metadata"
-    if not exists(metadata):
-        return None
     try:
+        if not exists(metadata):
+            return None
         _, etag, time, *_ = read_file(metadata, _METADATA_CAP).decode("ascii", "replace").split("\n")
         with open_source(path) as source:
             outdated = source.modified_ns / 1e9 > float(time) + 1  # the margin that huggingface_hub allows

@@ -39,6 +39,7 @@ _TRIED_BYTES = 2 << 30
 _TRIALS = 3
 _TRIAL_BYTES = 4 << 20
 _TRIAL_PIECE = 1 << 20
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,9 +49,9 @@ def free_bytes(directory: Path) -> int:
     Raises:
         OutputError: the system does not say.
     """
-    while not system.calls.exists(directory) and directory != directory.parent:
-        directory = directory.parent
     try:
+        while not system.calls.exists(directory) and directory != directory.parent:
+            directory = directory.parent
         return system.calls.free_bytes(directory)
     except OSError as error:
         message = f"cannot be written to ({error.strerror or 'unknown'})"
@@ -59,8 +60,9 @@ def free_bytes(directory: Path) -> int:
 
 def new_file_problems(path: Path, not_inside: Path) -> list[Problem]:
     """What keeps a small file from being made, as far as can be seen without trying."""
-    if system.calls.exists(path):
-        return [Problem("output_exists", str(path), "exists, and nothing is replaced; choose another name")]
+    with reported(path):
+        if system.calls.exists(path):
+            return [Problem("output_exists", str(path), "exists, and nothing is replaced; choose another name")]
     if is_inside(path, not_inside):
         return [
             Problem("output_place", str(path), f"lies inside {not_inside}, which is only read; choose another place")
@@ -94,7 +96,7 @@ def write_file(path: Path, data: bytes) -> None:
                 system.calls.remove_file(path)  # which this run has made
             raise
         finally:
-            system.calls.close(handle)
+            system.close_safely(handle)
 
 
 def publish_file(path: Path, data: bytes) -> None:
@@ -142,7 +144,11 @@ class Appender:
         self._path = path
         with reported(path):
             self._handle = system.calls.open_update(path)
-            self._end = system.calls.stat_handle(self._handle).st_size
+            try:
+                self._end = system.calls.stat_handle(self._handle).st_size
+            except BaseException:
+                self.close()
+                raise
 
     def append(self, data: bytes) -> None:
         """Write at the end, and sync.
@@ -157,7 +163,7 @@ class Appender:
 
     def close(self) -> None:
         """Close the file, whatever state it is in."""
-        system.calls.close(self._handle)
+        system.close_safely(self._handle)
 
 
 def sync_directory(directory: Path) -> None:
@@ -187,7 +193,7 @@ def copy_file(source: Source, path: Path) -> tuple[int, str]:
                 done += len(data)
             system.calls.sync(handle)
         finally:
-            system.calls.close(handle)
+            system.close_safely(handle)
     source.check_unchanged()
     return done, digest.hexdigest()
 
@@ -239,15 +245,19 @@ class FileWriter:
         self._direct = direct and system.calls.direct_io
         with reported(path):
             self._handle = self._open()
-            with _optional():
-                system.calls.preallocate(self._handle, size)
+            try:
+                with _optional():
+                    system.calls.preallocate(self._handle, size)
+            except BaseException:
+                self.close()
+                raise
 
     def _open(self) -> int:
         if self._direct:
             try:
                 return system.calls.open_write(self.path, direct=True)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                if error.errno not in _NOT_DIRECT:
                     raise
                 self._direct = False
                 with suppress(FileNotFoundError):  # some systems create it before they refuse the flag
@@ -261,12 +271,23 @@ class FileWriter:
             OutputError: the system refuses.
         """
         with reported(self.path):
-            rounded = -(-count // ALIGNMENT) * ALIGNMENT
             if self._direct:
+                rounded = -(-count // ALIGNMENT) * ALIGNMENT
                 buffer[count:rounded] = bytes(rounded - count)
-                write_all(self._handle, buffer[:rounded], offset, aligned=True)
-            else:
+                try:
+                    write_all(self._handle, buffer[:rounded], offset, aligned=True)
+                except OSError as error:
+                    if error.errno not in _NOT_DIRECT:
+                        raise
+                    self._leave_direct()
+            if not self._direct:
                 write_all(self._handle, buffer[:count], offset)
+
+    def _leave_direct(self) -> None:
+        """Some file systems take the flag and refuse the write, or a part of it: go on through the page cache."""
+        other = system.calls.open_update(self.path)
+        self.close()
+        self._handle, self._direct = other, False
 
     def finish(self) -> None:
         """Cut off what rounding added, and sync. Close afterwards."""
@@ -276,7 +297,7 @@ class FileWriter:
 
     def close(self) -> None:
         """Close the file, whatever state it is in."""
-        system.calls.close(self._handle)
+        system.close_safely(self._handle)
 
 
 def write_all(handle: int, data: bytes | memoryview, offset: int, *, aligned: bool = False) -> None:
@@ -286,7 +307,7 @@ def write_all(handle: int, data: bytes | memoryview, offset: int, *, aligned: bo
         OSError: the system refuses.
     """
     view = memoryview(data)
-    done = 0
+    done, stuck = 0, False
     while done < len(view):
         try:
             count = system.calls.write_from(handle, view[done:], offset + done)
@@ -294,8 +315,9 @@ def write_all(handle: int, data: bytes | memoryview, offset: int, *, aligned: bo
             continue
         if aligned:  # what a short write left of a block is written again
             count -= count % ALIGNMENT
-        if count <= 0:
+        if count <= 0 and stuck:  # twice in a row nothing was taken
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        stuck = count <= 0
         done += count
 
 

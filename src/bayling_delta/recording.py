@@ -127,9 +127,11 @@ def digest_model(
     known = {file.path.name for file in checkpoint.files}
     beside: list[WeightFile] = []
     for name in dict.fromkeys(names):
-        if name in known or not exists(checkpoint.directory / name):
+        if name in known:
             continue
         try:
+            if not exists(checkpoint.directory / name):
+                continue
             with open_source(checkpoint.directory / name) as source:
                 beside.append(WeightFile(source.path, *source.stamp))
         except CheckpointError as error:

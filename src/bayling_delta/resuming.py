@@ -26,7 +26,7 @@ from bayling_delta.errors import (
 from bayling_delta.journal import Journal, read_journal, write_journal
 from bayling_delta.plan import OutputFile, Plan
 from bayling_delta.reads import ReadList, read_in_order_of, read_whole
-from bayling_delta.sources import changed, exists
+from bayling_delta.sources import changed
 from bayling_delta.staging import Staging
 from bayling_delta.tally import Finished, FinishedFile, FinishedInput
 from bayling_delta.tensors import TensorRef
@@ -126,7 +126,6 @@ def take_up(
         OutputError: the journal is of a run with other inputs or options, or cannot be used.
         CheckpointError: a finished file cannot be read.
     """
-    staging.keep = exists(staging.journal)  # until it is known that nothing in it is of use
     try:
         found = read_journal(staging.journal)
     except CheckpointError as error:

@@ -8,13 +8,13 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bayling_delta import system
 from bayling_delta.errors import CheckpointError, Problem
-from bayling_delta.system import ALIGNMENT
+from bayling_delta.system import ABSENT, ALIGNMENT
 
 __all__ = [
     "Source",
@@ -82,31 +82,34 @@ class Source:
             if count == 0:
                 break
             done += count
-            if self.direct and done % ALIGNMENT:  # a direct read that ends off the grid has met the end
-                break
+            if self.direct and done % ALIGNMENT:  # off the grid: the end, or a file system that does it badly
+                if offset + done >= self.size:
+                    break
+                self._leave_direct()
         return done
 
     def _leave_direct(self) -> bool:
-        """Some file systems take the flag and refuse the read: go on through the page cache."""
+        """Some file systems take the flag, and refuse the read or end it anywhere: go on through the page cache."""
         with _reported(self.path):
+            before = _identity(system.calls.stat_handle(self.handle))
             other = system.calls.open_read(self.path, direct=False)
-            same = _identity(system.calls.stat_handle(other)) == _identity(system.calls.stat_handle(self.handle))
-            system.calls.close(self.handle)
+            system.close_safely(self.handle)
             self.handle, self.direct = other, False
-        if not same:
+            now = _identity(system.calls.stat_handle(self.handle))
+        if now != before:
             raise CheckpointError(changed(self.path))
         return True
 
     def expect(self, places: Iterable[tuple[int, int]]) -> None:
         """Begin to read these short ranges, (offset, length), so that the disk need not be waited for at each."""
-        with _reported(self.path):
+        with suppress(OSError):  # it is a hint
             for offset, length in places:
                 system.calls.advise_soon(self.handle, offset, length)
 
     def forget(self, offset: int) -> None:
         """Give the page cache's copy of what lies before ``offset`` back, now and then."""
         if not self.direct and offset - self._dropped >= _CACHED_BYTES:
-            with _reported(self.path):
+            with suppress(OSError):  # it is a hint
                 system.calls.drop_cached(self.handle, self._dropped, offset - self._dropped)
             self._dropped = offset
 
@@ -148,7 +151,7 @@ def open_source(path: Path, *, direct: bool = False) -> Iterator[Source]:
         source.size, source.modified_ns = status.st_size, status.st_mtime_ns
         yield source
     finally:
-        system.calls.close(source.handle)
+        system.close_safely(source.handle)
 
 
 @contextmanager
@@ -213,31 +216,48 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def file_stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of change of a regular file or a link to one, as `Source.stamp`; None if there is no such file."""
-    try:
-        status = system.calls.stat(path)
-    except OSError:
-        return None
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+    """Size and time of change of a regular file or a link to one, as `Source.stamp`; None if there is no such file.
+
+    Raises:
+        CheckpointError: the system does not say. What it does not say is not taken for absent: a result would lack it.
+    """
+    status = _status(path)
+    return (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else None
 
 
 def file_size(path: Path) -> int | None:
-    """The size in bytes of a regular file or a link to one; None if there is no such file."""
+    """The size in bytes of a regular file or a link to one; None if there is no such file.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
     stamp = file_stamp(path)
     return stamp[0] if stamp else None
 
 
 def exists(path: Path) -> bool:
-    """Whether anything has this name, a link that leads nowhere included."""
-    return system.calls.exists(path)
+    """Whether anything has this name, a link that leads nowhere included.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    with _reported(path):
+        return system.calls.exists(path)
 
 
 def link_target(path: Path) -> Path | None:
-    """What a symbolic link points at, as it is written there; None if it is no link."""
-    try:
-        return system.calls.read_link(path)
-    except OSError:
-        return None
+    """What a symbolic link points at, as it is written there; None if it is no link.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    with _reported(path):
+        try:
+            return system.calls.read_link(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
 
 
 def real_path(path: Path) -> Path:
@@ -246,11 +266,13 @@ def real_path(path: Path) -> Path:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether it is a directory, or a link to one."""
-    try:
-        return stat.S_ISDIR(system.calls.stat(path).st_mode)
-    except OSError:
-        return False
+    """Whether it is a directory, or a link to one.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def list_directory(path: Path) -> list[str]:
@@ -261,6 +283,17 @@ def list_directory(path: Path) -> list[str]:
     """
     with _reported(path):
         return sorted(system.calls.list_directory(path))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What the system knows of a file, or of what a link leads to; None if there is none."""
+    with _reported(path):
+        try:
+            return system.calls.stat(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

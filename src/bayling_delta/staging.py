@@ -46,7 +46,7 @@ class Staging:
 
     directory: Path
     keep: bool = False
-    """Whether it stays if the run fails."""
+    """Whether it stays if the run fails: at first, whether an ended run has left a journal in it."""
 
     @property
     def model(self) -> Path:
@@ -102,17 +102,17 @@ def output_problems(target: Path, needed_bytes: int, *, mending: bool = False) -
     if len(os.fsencode(partial_path(target).name)) > _LONGEST_NAME:
         return [Problem("output_place", str(target)[:80] + "…", "is too long a name for a file system")]
     problems: list[Problem] = []
-    if system.calls.exists(target) and not mending:
-        message = "exists, and nothing is replaced; choose another name or move it away"
-        problems.append(Problem("output_exists", str(target), message))
     partial = partial_path(target)
     there = 0
-    if system.calls.exists(partial):
-        if obstacle := _obstacle(partial):
-            problems.append(Problem("output_exists", str(partial), obstacle))
-        else:
-            there = _bytes_in(partial / "model")
     try:
+        if system.calls.exists(target) and not mending:
+            message = "exists, and nothing is replaced; choose another name or move it away"
+            problems.append(Problem("output_exists", str(target), message))
+        if system.calls.exists(partial):
+            if obstacle := _obstacle(partial):
+                problems.append(Problem("output_exists", str(partial), obstacle))
+            else:
+                there = _bytes_in(partial / "model")
         if not stat.S_ISDIR(system.calls.stat(target.parent).st_mode):
             what = f"cannot be made: {target.parent} is not a directory"
             return [*problems, Problem("output_place", str(target), what)]
@@ -144,8 +144,9 @@ def room_problems(target: Path, sizes: Sequence[int]) -> list[Problem]:
     problems: list[Problem] = []
     needed = len(sizes) + _OTHER_FILES
     model = partial_path(target) / "model"
-    if is_directory(model):
-        needed -= len(list_directory(model))
+    with suppress(CheckpointError):
+        if is_directory(model):
+            needed -= len(list_directory(model))
     if files is not None and files < needed:
         message = f"has room for {files:,} more files (inodes), the output needs {needed:,}"
         problems.append(Problem("disk_space", where, f"{message}; remove some, or choose another place"))
@@ -159,10 +160,11 @@ def room_problems(target: Path, sizes: Sequence[int]) -> list[Problem]:
 
 
 def _bytes_in(model: Path) -> int:
-    """What is written already of an unfinished output."""
-    if not is_directory(model):
-        return 0
-    return sum(file_size(model / name) or 0 for name in list_directory(model))
+    """What is written already of an unfinished output, as far as the system says."""
+    with suppress(CheckpointError):
+        if is_directory(model):
+            return sum(file_size(model / name) or 0 for name in list_directory(model))
+    return 0
 
 
 def _obstacle(partial: Path) -> str | None:
@@ -176,25 +178,33 @@ def _obstacle(partial: Path) -> str | None:
         try:
             return None if system.calls.lock(handle) else _busy(partial)
         finally:
-            system.calls.close(handle)
+            system.close_safely(handle)
     except OSError as error:
         return f"cannot be taken up ({error.strerror or 'unknown'}); {_ELSEWHERE}"
 
 
 def _stranger(partial: Path) -> str | None:
-    """Why this is no directory of ours; None if it is one, or empty."""
-    not_ours = f"exists, and is not an unfinished output of this program; {_ELSEWHERE}"
+    """Why this is no directory of ours, as far as the system says; None if it is one, or empty."""
+    try:
+        ours = _is_ours(partial)
+    except CheckpointError as error:
+        return f"{error.problems[0].message}; {_ELSEWHERE}"
+    return None if ours else f"exists, and is not an unfinished output of this program; {_ELSEWHERE}"
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a directory has nothing in it but what this program makes there."""
     if link_target(partial) or not is_directory(partial):
-        return not_ours
-    names = set(system.calls.list_directory(partial))
+        return False
+    names = set(list_directory(partial))
     if not names <= _OWN or (names and "lock" not in names):
-        return not_ours
+        return False
     files = [partial / name for name in names - {"model"}]
     if "model" in names:
         if link_target(partial / "model") or not is_directory(partial / "model"):
-            return not_ours
-        files += [partial / "model" / name for name in system.calls.list_directory(partial / "model")]
-    return not_ours if any(link_target(path) or file_size(path) is None for path in files) else None
+            return False
+        files += [partial / "model" / name for name in list_directory(partial / "model")]
+    return not any(link_target(path) or file_size(path) is None for path in files)
 
 
 def _busy(partial: Path) -> str:
@@ -211,32 +221,35 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
     """Yield the place where a directory grows; it becomes ``target`` if the body succeeds.
 
     What an ended run left there is there still, unless ``resume`` is false. If the body fails, all is removed, unless
-    it has set ``keep``.
+    ``keep`` is set.
 
     Raises:
         OutputError: it cannot be made, ``target`` exists, or another run or something else is in the place.
     """
     partial = partial_path(target)
     handle = _acquire(partial)
-    staging = Staging(partial)
+    staging = Staging(partial, keep=resume)
     try:
         if not resume:
             _remove(partial, but_the_lock=True)
-        with reported(partial), suppress(FileExistsError):
-            system.calls.make_directory(staging.model)
+        with reported(partial):
+            staging.keep = resume and system.calls.exists(staging.journal)
+            with suppress(FileExistsError):
+                system.calls.make_directory(staging.model)
         yield staging
         with reported(target):
             system.calls.sync_directory(staging.model)
             system.calls.rename_new(staging.model, target)
+            staging.keep = False  # nothing of use is left in it
             system.calls.sync_directory(target.parent)
     except BaylingDeltaError as error:
-        if staging.keep and error.hint is None and system.calls.exists(staging.model):
+        if staging.keep and error.hint is None:
             error.hint = f"what is finished is in {partial}: run the command again to go on"
         raise
     finally:
-        if not (staging.keep and system.calls.exists(staging.model)):
+        if not staging.keep:
             _remove(partial)
-        system.calls.close(handle)
+        system.close_safely(handle)
 
 
 @contextmanager
@@ -255,7 +268,7 @@ def staged_files(target: Path) -> Iterator[Staging]:
         yield Staging(partial)
     finally:
         _remove(partial)
-        system.calls.close(handle)
+        system.close_safely(handle)
 
 
 def remove_remnant(target: Path) -> None:
@@ -263,13 +276,13 @@ def remove_remnant(target: Path) -> None:
     if target.name in ("", ".."):
         return
     partial = partial_path(target)
-    if not (system.calls.exists(target) and system.calls.exists(partial)):
-        return
     with suppress(OSError, OutputError):
+        if not (system.calls.exists(target) and system.calls.exists(partial)):
+            return
         if not system.calls.exists(partial / "model"):
             handle = _acquire(partial)
             _remove(partial)
-            system.calls.close(handle)
+            system.close_safely(handle)
 
 
 def _acquire(partial: Path) -> int:
@@ -305,22 +318,28 @@ def _acquire(partial: Path) -> int:
         if made:  # and nobody else has it
             _remove(partial)
         if handle is not None:
-            system.calls.close(handle)
+            system.close_safely(handle)
         raise
     return handle
 
 
 def _remove(partial: Path, *, but_the_lock: bool = False) -> None:
-    """Remove what runs made, and only that: two levels of files of their own, the lock last."""
+    """Remove what runs made, and only that: two levels of files of their own, the lock last.
+
+    Where the system refuses to remove something, the lock stays too: without one, no later run would know that the
+    directory is ours.
+    """
     model = partial / "model"
     with suppress(OSError):
         for name in system.calls.list_directory(model):
             with suppress(OSError):
                 system.calls.remove_file(model / name)
         system.calls.remove_directory(model)
-    for name in ("journal.new", "journal") if but_the_lock else ("journal.new", "journal", "lock"):
+    for name in ("journal.new", "journal"):
         with suppress(OSError):
             system.calls.remove_file(partial / name)
-    if not but_the_lock:
-        with suppress(OSError):
+    with suppress(OSError):
+        if not but_the_lock and set(system.calls.list_directory(partial)) <= {"lock"}:
+            with suppress(FileNotFoundError):
+                system.calls.remove_file(partial / "lock")
             system.calls.remove_directory(partial)

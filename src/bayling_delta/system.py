@@ -2,7 +2,8 @@
 
 `sources` makes the reads and `files` makes the changes; nothing else touches the disk. Tests replace
 `calls` to count calls, to make one fail, or to take the portable way on Linux. The methods raise
-`OSError`; its meaning is the caller's business.
+`OSError`; its meaning is the caller's business. A call that a signal interrupted is made again, by Python
+(PEP 475) or, where Python does not, here.
 """
 
 import ctypes
@@ -11,15 +12,28 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
-__all__ = ["ALIGNMENT", "PortableSystem", "System", "calls", "using"]
+__all__ = ["ABSENT", "ALIGNMENT", "PortableSystem", "System", "calls", "close_safely", "using"]
 
 ALIGNMENT = 4096
 """Bytes: what direct I/O wants offsets, lengths and buffers to be multiples of."""
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+"""What the system answers where nothing has a name, or, with the last three, where nothing can have it."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _again(call: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
+    """Make a call as often as it is interrupted: one of those that Python does not make again."""
+    while True:
+        with suppress(InterruptedError):
+            return call(*arguments, **options)
 
 
 class System:
@@ -42,18 +56,26 @@ class System:
         return os.fstat(handle)
 
     def stat(self, path: Path) -> os.stat_result:
-        return os.stat(path)
+        return _again(os.stat, path)
 
     def list_directory(self, path: Path) -> list[str]:
-        return os.listdir(path)
+        return _again(os.listdir, path)
 
     def exists(self, path: Path) -> bool:
-        """Whether anything has this name, a dangling link included."""
-        return os.path.lexists(path)
+        """Whether anything has this name, a dangling link included; raise where the system does not say."""
+        try:
+            _again(os.lstat, path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return False
+            raise
+        except ValueError:  # no name has a null character
+            return False
+        return True
 
     def read_link(self, path: Path) -> Path:
         """What a symbolic link has in it."""
-        return Path(os.readlink(path))
+        return Path(_again(os.readlink, path))
 
     def real_path(self, path: Path) -> Path:
         """The path without links, as far as they lead anywhere."""
@@ -61,12 +83,12 @@ class System:
 
     def free_bytes(self, path: Path) -> int:
         """What an unprivileged user may still write to the file system of ``path``, by its space and their quota."""
-        usage = os.statvfs(path)
+        usage = _again(os.statvfs, path)
         return min([usage.f_bavail * usage.f_frsize, *(nbytes for nbytes, _ in _quotas(path) if nbytes is not None)])
 
     def free_files(self, path: Path) -> int | None:
         """How many files they may still make there; None where that has no limit."""
-        usage = os.statvfs(path)
+        usage = _again(os.statvfs, path)
         limits = [files for _, files in _quotas(path) if files is not None]
         return min([usage.f_favail, *limits] if usage.f_files else limits, default=None)
 
@@ -78,14 +100,6 @@ class System:
         of_system = _LARGEST_FILE.get(_file_system(path))
         limits = [of_system] if of_system else []
         return min(limits if of_process == resource.RLIM_INFINITY else [*limits, of_process], default=None)
-
-    def advise_random(self, handle: int) -> None:
-        """Tell the page cache that reads will jump about."""
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def advise_sequential(self, handle: int) -> None:
-        """Tell the page cache that reads will go forward."""
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def advise_soon(self, handle: int, offset: int, length: int) -> None:
         """Tell the page cache to begin reading these bytes; does not wait for them."""
@@ -124,33 +138,36 @@ class System:
         try:
             os.fsync(handle)
         finally:
-            os.close(handle)
+            with suppress(OSError):  # it is synced, or that has failed
+                os.close(handle)
 
     def close(self, handle: int) -> None:
+        """Close; whatever it raises, the handle is gone."""
         os.close(handle)
 
     def make_directory(self, path: Path) -> None:
-        os.mkdir(path)
+        _again(os.mkdir, path)
 
     def remove_file(self, path: Path) -> None:
-        os.unlink(path)
+        _again(os.unlink, path)
 
     def remove_directory(self, path: Path) -> None:
-        os.rmdir(path)
+        _again(os.rmdir, path)
 
     def rename_new(self, old: Path, new: Path) -> None:
         """Rename; raise `FileExistsError` rather than replace anything, an empty directory included."""
-        status = _renameat2(old, new)
+        while (status := _renameat2(old, new)) == errno.EINTR:
+            pass
         if status in (errno.ENOSYS, errno.EINVAL):  # an old kernel, or a file system that cannot promise it
-            if os.path.lexists(new):
+            if self.exists(new):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
-            os.rename(old, new)
+            _again(os.rename, old, new)
         elif status:
             raise OSError(status, os.strerror(status), str(new))
 
     def replace(self, old: Path, new: Path) -> None:
         """Rename, in place of a file that may be there."""
-        os.replace(old, new)
+        _again(os.replace, old, new)
 
     def lock(self, handle: int) -> bool:
         """Take an exclusive lock on an open file without waiting; False if another process has it."""
@@ -194,12 +211,6 @@ class PortableSystem(System):
     def largest_file(self, path: Path) -> int | None:  # noqa: ARG002
         return None
 
-    def advise_random(self, handle: int) -> None:
-        pass
-
-    def advise_sequential(self, handle: int) -> None:
-        pass
-
     def advise_soon(self, handle: int, offset: int, length: int) -> None:
         pass
 
@@ -225,9 +236,9 @@ class PortableSystem(System):
             super().sync_directory(path)
 
     def rename_new(self, old: Path, new: Path) -> None:
-        if os.path.lexists(new):
+        if self.exists(new):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new))
-        os.rename(old, new)
+        _again(os.rename, old, new)
 
     def lock(self, handle: int) -> bool:
         if os.name != "nt":
@@ -311,6 +322,12 @@ def _quotas(path: Path) -> list[tuple[int | None, int | None]]:
 
 calls: System = System() if sys.platform == "linux" else PortableSystem()
 """What is in use. Read it as ``system.calls`` at each use, so that `using` has its effect."""
+
+
+def close_safely(handle: int) -> None:
+    """Close a file whose bytes are read, or synced, or given up: that the system complains then changes nothing."""
+    with suppress(OSError):
+        calls.close(handle)
 
 
 @contextmanager
