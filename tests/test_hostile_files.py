@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from bayling_delta import apply
 from bayling_delta.cli import main
 from bayling_delta.system import System
+from tests.journals import journal_of
 from tests.pairs import CONFIG, llama, save
 from tests.running import Run
 from tests.strategies import write_archive
@@ -256,7 +257,7 @@ def rude_registry(place: Path) -> None:
 def rude_partial(place: Path) -> None:
     (place / "out.partial/model").mkdir(parents=True)
     (place / "out.partial/lock").write_text(json.dumps({"pid": 1, "started": RUDE}))
-    (place / "out.partial/journal").write_text(json.dumps({"schema": RUDE, "version": RUDE, "recipe": RUDE}) + "\n{\n")
+    (place / "out.partial/journal").write_bytes(journal_of([{"schema": RUDE, "version": RUDE, "recipe": RUDE}]))
     (place / "out.partial/model" / RUDE).write_bytes(b"")
 
 

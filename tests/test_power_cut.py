@@ -1,6 +1,5 @@
 """The power goes at any moment: the record of a run is cut anywhere, and what was not synced is lost, or part of it."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import pytest
 
 import bayling_delta
 from bayling_delta import apply, repair, system, verify
+from tests.journals import documents_of
 from tests.pairs import llama, save
 from tests.power import Disk, Recorder, Step, Tree, lay_down, tree_of
 
@@ -118,17 +118,9 @@ def test_the_model_shows_a_rename_before_the_sync(tmp_path: Path) -> None:
 
 
 def finished(tree: Tree) -> set[str]:
-    """The weight files that the journal calls finished, up to a line that was not written whole."""
-    lines = (tree.get("out.partial/journal") or b"").split(b"\n")[1:-1]
-    names: set[str] = set()
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if entry["finished"] == "file":
-            names.add(entry["name"])
-    return names
+    """The weight files that the journal calls finished."""
+    entries = documents_of(tree.get("out.partial/journal") or b"")[1:]
+    return {entry["name"] for entry in entries if entry["finished"] == "file"}
 
 
 class Writes(system.System):

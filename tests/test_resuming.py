@@ -1,7 +1,6 @@
 """Runs that end before their end, and those that take up what they left."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityEr
 from bayling_delta.staging import partial_path
 from bayling_delta.system import System
 from tests.failing import facts
+from tests.journals import documents_of, journal_of, signed
 from tests.meta import Size, random_model, save_meta
 from tests.pairs import assert_same, llama, load, published_sum, save, shuffled
 
@@ -48,7 +48,7 @@ class FullAt(System):
         before = len(list(model.iterdir()))
         deadline = time.monotonic() + 2  # one thread alone cannot wait for itself
         while time.monotonic() < deadline:
-            if (model.parent / "journal").read_bytes().count(b'{"finished":"file"') == before:
+            if (model.parent / "journal").read_bytes().count(b' {"finished":"file"') == before:
                 return
             time.sleep(0.002)
 
@@ -273,12 +273,23 @@ def test_a_journal_is_read_as_if_anybody_had_written_it(tmp_path: Path, pair: Pa
     apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
     end_before(2, pair, tmp_path / "out")
     journal = partial_path(tmp_path / "out") / "journal"
-    lines = journal.read_text().splitlines(keepends=True)
-    entry = json.loads(next(line for line in lines[1:] if '"file"' in line)) | {"name": name}
-    journal.write_text("".join([lines[0], json.dumps(entry) + "\n", *lines[1:]]))
+    head, *entries = documents_of(journal.read_bytes())
+    entry = next(entry for entry in entries if entry["finished"] == "file") | {"name": name}
+    journal.write_bytes(journal_of([head, entry, *entries]))
     (tmp_path / "victim").write_text("mine")
     apply(*pair, tmp_path / "out", max_shard_size=SHARD)
     assert (tmp_path / "victim").read_text() == "mine"
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("role", ["result", None, [], {"base": 1}])
+def test_a_journal_with_a_role_that_is_none(tmp_path: Path, pair: Pair, role: object) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(2, pair, tmp_path / "out")
+    entry = {"finished": "input", "role": role, "name": "a.bin", "sha256": "0" * 64, "md5": None, "parts": {}}
+    with (partial_path(tmp_path / "out") / "journal").open("ab") as journal:
+        journal.write(journal_of([entry]))
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
     assert facts(tmp_path / "out") == facts(tmp_path / "whole")
 
 
@@ -287,10 +298,22 @@ def test_digests_in_a_journal_are_not_believed(tmp_path: Path, pair: Pair) -> No
     apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
     end_before(2, pair, tmp_path / "out")
     journal = partial_path(tmp_path / "out") / "journal"
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines = documents_of(journal.read_bytes())
     entry = next(line for line in lines if line.get("finished") == "file")
     entry["tensors"][next(iter(entry["tensors"]))] = "0" * 64
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal.write_bytes(journal_of(lines))
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_a_bit_of_a_journal_that_is_wrong_is_noticed(tmp_path: Path, pair: Pair) -> None:
+    """Also in what nothing on the disk could be held against, as an input's digest: it would be in the manifest."""
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(5, pair, tmp_path / "out")
+    journal = partial_path(tmp_path / "out") / "journal"
+    data = journal.read_bytes()
+    (entry, *_) = [entry for entry in documents_of(data) if entry.get("finished") == "input"]
+    flip(journal, data.index(entry["sha256"].encode()) + 7)
     apply(*pair, tmp_path / "out", max_shard_size=SHARD)
     assert facts(tmp_path / "out") == facts(tmp_path / "whole")
 
@@ -304,10 +327,13 @@ def test_a_journal_that_was_cut_short(tmp_path: Path, pair: Pair, size: int) -> 
     assert_same(load(tmp_path / "out"), published_sum(llama(1), llama(2, 0.01)))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"schema": 1, "schema": 2}\n', "\0" * 5000 + "\n", "{}\n"])
-def test_a_journal_without_a_head_is_refused(tmp_path: Path, pair: Pair, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", signed(b"[]"), signed(b'{"schema": 1, "schema": 2}'), bytes(5000) + b"\n", signed(b"{}"), b"{}\n"],
+)
+def test_a_journal_without_a_head_is_refused(tmp_path: Path, pair: Pair, text: bytes) -> None:
     end_before(2, pair, tmp_path / "out")
-    (partial_path(tmp_path / "out") / "journal").write_text(text)
+    (partial_path(tmp_path / "out") / "journal").write_bytes(text)
     with pytest.raises(OutputError, match="--no-resume starts over") as refused:
         apply(*pair, tmp_path / "out", max_shard_size=SHARD)
     assert [problem.kind for problem in refused.value.problems] == ["unfinished"]
@@ -536,6 +562,19 @@ def test_a_lock_that_a_dead_run_left_does_not_block(tmp_path: Path, pair: Pair) 
     (partial / "lock").write_text('{"pid": 1, "started": "2026-01-01T00:00:00+00:00"}')
     apply(*pair, tmp_path / "out")
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 4000, '{"pid": 1e999, "started": ""}', '{"pid": NaN, "started": ""}'])
+def test_a_lock_that_does_not_say_whose_it_is_holds_all_the_same(tmp_path: Path, pair: Pair, text: str) -> None:
+    lock = partial_path(tmp_path / "out") / "lock"
+    lock.parent.mkdir()
+    lock.write_text(text)
+    handle = system.calls.open_update(lock)
+    assert system.calls.lock(handle)
+    with pytest.raises(OutputError, match="is being written by another run; wait for it"):
+        apply(*pair, tmp_path / "out")
+    system.calls.close(handle)
+    apply(*pair, tmp_path / "out")
 
 
 def test_float32_is_taken_up_too(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The journal of an unfinished output: what decides its bytes, and what of it is finished, a line of JSON for each.
 
-A line is written, and synced, when what it says is on the disk. The machine may stop in a line: what cannot be read
-ends the journal, and what it would have said is done again. It is read as if anybody had written it.
+A line is written, and synced, when what it says is on the disk. The machine may stop in a line, and a disk may damage
+one: each begins with a digest of the rest, and what cannot be read ends the journal, so that what it would have said is
+done again. It is read as if anybody had written it.
 """
 
+import hashlib
 import json
 import re
 import threading
@@ -74,7 +76,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Finished]] | None:
         return None
     first, *lines = read_file(path, JSON_CAP).split(b"\n")[:-1] or [b""]  # a line without its end was cut short
     try:
-        head = load_strict(first)
+        head = load_strict(_text(first))
         if not isinstance(head, dict):
             raise ValueError("it is no table")
     except ValueError as error:
@@ -89,7 +91,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[Finished]] | None:
 
 
 def _parse(line: bytes) -> Finished:
-    fields = load_strict(line)
+    fields = load_strict(_text(line))
     finished = _KINDS[fields.pop("finished")](**fields)
     digests = [finished.sha256, *finished.parts.values()]
     if isinstance(finished, FinishedFile):
@@ -98,6 +100,8 @@ def _parse(line: bytes) -> Finished:
             raise ValueError("a count is none")
         for table in (finished.tensors, finished.base, finished.delta):
             digests += table.values()
+    elif finished.role not in ("base", "delta"):
+        raise ValueError("a role is none")
     elif finished.md5 is not None and not re.fullmatch("[0-9a-f]{32}", finished.md5):
         raise ValueError("an MD5 is none")
     if not stays_in_directory(finished.name) or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
@@ -110,4 +114,17 @@ def _entry(finished: Finished) -> bytes:
 
 
 def _line(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(document, separators=(",", ":")).encode()
+    return _digest(text) + b" " + text + b"\n"
+
+
+def _text(line: bytes) -> bytes:
+    """What a line says, if it is as it was written."""
+    digest, _, text = line.partition(b" ")
+    if digest != _digest(text):
+        raise ValueError("a line of it is damaged")
+    return text
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()

@@ -16,7 +16,8 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from bayling_delta import __version__
-from bayling_delta.errors import Problem, UsageError
+from bayling_delta.errors import KINDS, Problem, UsageError
+from bayling_delta.tensors import FLOATS
 
 __all__ = [
     "CHECKLIST_NAME",
@@ -27,6 +28,7 @@ __all__ = [
     "TensorDigest",
     "digest_text",
     "file_entry",
+    "is_of_apply",
     "manifest_head",
     "parse_digest",
     "result_section",
@@ -112,6 +114,42 @@ def _timestamp() -> str:
             message = f"is {epoch[:40]!r}, not a number of seconds since 1970"
             raise UsageError(Problem("option", "SOURCE_DATE_EPOCH", message)) from error
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_SIDE: Final[dict[str, Any]] = {
+    "name": str | None,
+    "container": str,
+    "files": [{"name": str, "size": int, "sha256": str | None}],
+    "weights_digest": str | None,
+}
+_OF_APPLY: Final[dict[str, Any]] = {
+    "recipe": str,
+    "options": {"max_shard_size": int, "allow": [str]},
+    "inputs": {"base": _SIDE, "delta": _SIDE},
+    "changes": [{"file": str, "change": str}],
+    "verification": [{"what": str, "against": str | None, "outcome": str, "source": str | None}],
+}
+"""What `apply` writes of how a model was made: the types, by key; a list of one stands for any number."""
+
+
+def is_of_apply(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest says, in the form in which `apply` does, how the model was made."""
+    return (
+        _has_form(manifest, _OF_APPLY)
+        and manifest["inputs"].keys() == _OF_APPLY["inputs"].keys()
+        and KINDS.keys() >= set(manifest["options"]["allow"])
+        and manifest["result"]["dtype"] in FLOATS
+    )
+
+
+def _has_form(value: object, form: Any) -> bool:
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            key in value and _has_form(value[key], inner) for key, inner in form.items()
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(each, form[0]) for each in value)
+    return isinstance(value, form) and not isinstance(value, bool)
 
 
 def result_section(tensors: Iterable[TensorDigest], placed: Mapping[str, str]) -> dict[str, Any]:

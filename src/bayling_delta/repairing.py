@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint, WeightFile, open_checkpoint, read_table
 from bayling_delta.describing import small_files
 from bayling_delta.engine import DEFAULT_THREADS, Progress
-from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.errors import Problem, refuse
 from bayling_delta.expectations import Expectation, read_manifest, read_sums
 from bayling_delta.files import copy_file, write_file
 from bayling_delta.hub import local_copies
-from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, small_file_entry, sums_text
+from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, is_of_apply, small_file_entry, sums_text
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_budget, make_plan
 from bayling_delta.reads import read_files, read_in_order_of
 from bayling_delta.recipes import RECIPES
@@ -103,7 +103,7 @@ def _mend_files(model: Path, means: Means) -> tuple[list[str], list[str]]:
         message = f"there is no manifest in it, and no {SUMS_NAME} that has one; nobody knows what its files should be"
         refuse([Problem("no_record", str(model), message)])
     expected, manifest = read_manifest(manifest_path), read_table(manifest_path)
-    if expected.operation != "apply" or expected.recipe not in RECIPES:
+    if expected.operation != "apply" or expected.recipe not in RECIPES or not is_of_apply(manifest):
         message = "is not of a model that this version rebuilt from a base and a delta"
         refuse([Problem("no_record", str(manifest_path), message)])
     damaged = _damaged(model, expected, manifest, means)
@@ -114,7 +114,7 @@ def _mend_files(model: Path, means: Means) -> tuple[list[str], list[str]]:
     whole = _plan(base, delta, expected, manifest, means.memory_limit)
     plan = _only(whole, damaged)
     refuse(output_problems(model, plan.output_bytes, mending=True))
-    release = load_releases(means.registry).find(_name_of_delta(manifest))
+    release = load_releases(means.registry).find(str(manifest["inputs"]["delta"]["name"]))
     with staged_files(model) as staging:
         if plan.files:
             with closing(DirectorySink(staging.model, plan.output_bytes, direct=means.direct)) as sink:
@@ -174,31 +174,20 @@ def _sums(model: Path, manifest: Mapping[str, Any]) -> bytes:
     return sums_text({entry["name"]: entry["sha256"] for entry in listed}).encode()
 
 
-def _name_of_delta(manifest: Mapping[str, Any]) -> str:
-    """The name that the manifest has for the delta; empty without one."""
-    with suppress(KeyError, TypeError):
-        return str(manifest["inputs"]["delta"]["name"])
-    return ""  # which is told where the manifest is needed
-
-
 def _plan(base: Path, delta: Path, expected: Expectation, manifest: Mapping[str, Any], memory_limit: int) -> Plan:
     """The plan by which the model was made.
 
     Raises:
-        CheckpointError: the manifest has options that no run can have had.
         MismatchError: the sum of these inputs would have other files.
     """
-    size, allow = manifest["options"].get("max_shard_size"), manifest["options"].get("allow")
-    if type(size) is not int or size < 1 or not isinstance(allow, list) or not {*map(type, allow)} <= {str}:
-        refuse([Problem("record", expected.source, "does not say with which options the model was made")])
     plan = make_plan(
         open_checkpoint(base),
         open_checkpoint(delta),
         recipe=RECIPES[str(expected.recipe)],
         dtype=expected.dtype,
-        max_shard_size=size,
+        max_shard_size=manifest["options"]["max_shard_size"],
         memory_limit=memory_limit,
-        allowed=allow,
+        allowed=manifest["options"]["allow"],
     )
     sizes = {name: file.size for name, file in expected.files.items() if name.endswith(".safetensors")}
     if {file.name: file.size for file in plan.files} != sizes:
@@ -231,11 +220,7 @@ def _write_small_files(
 ) -> None:
     """Write those of the damaged files that are not weights, as `apply` writes them."""
     beside = companions.collect(plan.delta, manifest["result"]["dtype"], release)
-    try:
-        contents = dict(small_files(plan, manifest, beside, release))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the card is made of the manifest
-        message = f"is not as this program writes a manifest ({type(error).__name__}: {str(error)[:80]})"
-        raise CheckpointError(Problem("record", str(model / MANIFEST_NAME), message)) from error
+    contents: dict[str, Path | bytes] = dict(small_files(plan, manifest, beside, release))
     contents[SUMS_NAME] = _sums(model, manifest)
     for name in contents.keys() & set(damaged):
         content = contents[name]

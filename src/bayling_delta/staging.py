@@ -210,7 +210,7 @@ def _is_ours(partial: Path) -> bool:
 def _busy(partial: Path) -> str:
     """Who holds the lock, as far as is known."""
     who = "another run"
-    with suppress(CheckpointError, ValueError, KeyError, TypeError):
+    with suppress(CheckpointError, ValueError, OverflowError, KeyError, TypeError):
         owner = load_strict(read_file(partial / "lock", _OWNER_CAP))
         who += f", process {int(owner['pid'])}, since {str(owner['started'])[:40]}"
     return f"is being written by {who}; wait for it, or choose another output"
