@@ -136,6 +136,12 @@ TOKENIZERS: dict[str, tuple[dict[str, Json], Release | None, list[str]]] = {
     ),
 }
 
+RIGHT_AS_THEY_ARE: dict[str, set[str]] = {
+    "5.23.0": set(),
+    "5.24.0": {"the class of early conversions", "no class"},
+}
+"""By the version of transformers, as measured: which of the deltas encode as in 2023 without any change."""
+
 
 def delta_with(place: Path, files: dict[str, Any], config: Json = LLAMA) -> Checkpoint:
     """A delta of one small tensor, with files beside it: tables as JSON, bytes as they are."""
@@ -173,7 +179,7 @@ def encoded(directory: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_a_result_encodes_as_in_2023(tmp_path: Path, pieces: bytes, case: str) -> None:
-    """Which the delta's own files do not, in transformers 5."""
+    """Which most deltas' own files do not, in those versions of transformers 5 that were measured."""
     files, release, changed = TOKENIZERS[case]
     delta = delta_with(tmp_path / "delta", {**files, "tokenizer.model": pieces})
     companions = collect(delta, "F16", release)
@@ -184,11 +190,12 @@ def test_a_result_encodes_as_in_2023(tmp_path: Path, pieces: bytes, case: str) -
     assert encoded(result) == expected
     tokenizer = transformers.AutoTokenizer.from_pretrained(result)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-    try:
-        unchanged = encoded(delta.directory)
-    except RecursionError:
-        return
-    assert unchanged != expected
+    if transformers.__version__ in RIGHT_AS_THEY_ARE:
+        try:
+            right = encoded(delta.directory) == expected
+        except RecursionError:
+            right = False
+        assert right == (case in RIGHT_AS_THEY_ARE[transformers.__version__])
 
 
 def test_special_tokens_of_an_unknown_release_are_left_alone(tmp_path: Path, pieces: bytes) -> None:
