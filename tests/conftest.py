@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.running import Run, runner
+pytest.register_assert_rewrite("tests.failing", "tests.wrong_input")
 
-pytest.register_assert_rewrite("tests.wrong_input")
+from tests.failing import Stage, make_stage  # noqa: E402
+from tests.running import Run, runner  # noqa: E402
 
 # The machines that run these are shared: a slow moment is no fault.
 settings.register_profile("patient", deadline=None)
@@ -59,3 +60,9 @@ def place(tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     copy_linked(pristine, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """What runs with a fault, or a signal, are about."""
+    return make_stage(tmp_path_factory.mktemp("stage"))

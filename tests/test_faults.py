@@ -1,11 +1,9 @@
 """A system that fails, through the seam: what is retried, what has another way, and what ends the run cleanly."""
 
 import errno
-import json
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,20 @@ from bayling_delta.sources import open_source, read_bytes
 from bayling_delta.staging import partial_path, staged_directory
 from bayling_delta.system import ALIGNMENT, System
 from tests.failing import (
+    COMMANDS,
     METHODS,
     Call,
     FailingNth,
     Fault,
+    Stage,
     Watched,
-    assert_whole,
     contents,
     error,
     nothing,
     short,
 )
 from tests.pairs import assert_same, llama, load, published_sum, save
-from tests.running import Finished, Run
+from tests.running import Run
 
 Pair = tuple[Path, Path]
 
@@ -210,113 +209,6 @@ def test_no_call_is_forgotten() -> None:
     assert FAULTS.keys() == set(METHODS)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What the runs are about, made once; each begins from one of these states."""
-
-    place: Path
-    calls: dict[str, dict[str, list[tuple[Path, bool]]]] = field(default_factory=dict)
-    """By command, once it has been asked for: what `Watched.seen` has of a run without a fault."""
-
-    @property
-    def out(self) -> Path:
-        return self.place / "out"
-
-    def command(self, name: str) -> str:
-        inputs = f"--base {self.place / 'base'} --delta {self.place / 'delta'} --memory-limit 1MiB"
-        return {
-            "apply": f"apply {inputs} --out {self.out} --max-shard-size 70kB",
-            "go on": f"apply {inputs} --out {self.out} --max-shard-size 70kB",
-            "repair": f"repair {self.out} {inputs}",
-            "record": f"record {self.place / 'whole'} -o {self.out} --memory-limit 1MiB",
-            "verify": f"verify {self.place / 'whole'} --memory-limit 1MiB",
-            "inspect": f"inspect {self.place / 'whole'}",
-        }[name]
-
-    def reset(self, name: str) -> None:
-        """Have everything as it is before the command."""
-        for path in (self.out, partial_path(self.out)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        if name == "go on":
-            shutil.copytree(self.place / "begun", partial_path(self.out))
-        if name == "repair":
-            shutil.copytree(self.place / "damaged", self.out)
-
-    def check(self, name: str, ended: Finished, *, before: bool = False) -> None:
-        """Hold what a run left against what it may have left; ``before``: whether the output was there before it."""
-        partial, whole = partial_path(self.out), self.place / "whole"
-        if name in ("apply", "go on"):
-            if ended.code == 0 or self.out.exists():
-                assert_whole(self.out, whole)
-            elif partial.exists() and name == "apply":
-                assert ended.document["error"]["hint"]
-            if name == "go on" and not self.out.exists():  # nothing is lost
-                assert contents(self.place / "begun" / "model").items() <= contents(partial / "model").items()
-        elif name == "repair":
-            bad = self.place / "damaged"
-            assert {path.name for path in self.out.iterdir()} == {path.name for path in whole.iterdir()}
-            for path in self.out.iterdir():
-                good = path.read_bytes() == (whole / path.name).read_bytes()
-                assert good or (ended.code and path.read_bytes() == (bad / path.name).read_bytes())
-        elif name == "record":
-            assert self.out.exists() >= (before or ended.code == 0)
-            if self.out.exists() and not before:  # it is whole, even where its name was not synced
-                assert json.loads(self.out.read_text())["ok"]
-            assert not list(self.place.glob(".bayling-delta-*"))
-        if partial.exists():
-            assert {path.name for path in partial.iterdir()} <= {"lock", "journal", "journal.new", "model"}
-
-    def named(self, path: Path, ended: Finished) -> bool:
-        """Whether what a run says leads to the file that could not be used."""
-        told = [(problem["where"], problem["message"]) for problem in ended.document["error"]["problems"]]
-        return any(str(path).startswith(where) or where.startswith(str(path)) for where, _ in told if where) or any(
-            str(path) in message for _, message in told
-        )
-
-    def codes(self, name: str, path: Path, row: Row) -> set[int]:
-        """With which codes a run may end that could not use a file."""
-        if row.outcome == "fine":
-            return {0}
-        ours = path.is_relative_to(self.out) or path.is_relative_to(partial_path(self.out)) or path == self.place
-        ours = ours or path.name.startswith(".bayling-delta-")
-        codes = {6} if ours else {3}
-        if name == "go on" and path.parent == partial_path(self.out) / "model":  # it is read back, or made again
-            codes = {0, 3, 6}
-        if name in ("verify", "repair"):  # what cannot be read of the model is damage, or is made anew
-            codes |= {3, 5}
-        if row.outcome == "either" or name in ("inspect", "repair"):
-            codes |= {0}
-        return codes
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    place = tmp_path_factory.mktemp("stage")
-    save(place / "base", llama(1), shards=2)
-    delta = save(place / "delta", llama(2, 0.01), shards=2)
-    (delta / "generation_config.json").write_text('{"bos_token_id": 1}')
-    (delta / "tokenizer.model").write_bytes(b"\x0a\x00not really")
-    options: dict[str, Any] = {"memory_limit": 1 << 20, "max_shard_size": 70_000}
-    with system.using(FailingNth("rename_new", 1, error(errno.EIO))), pytest.raises(OutputError):
-        apply(place / "base", delta, place / "whole", **options)
-    partial_path(place / "whole").rename(place / "begun")
-    apply(place / "base", delta, place / "whole", **options)
-    for path in (place / "begun" / "model").iterdir():
-        if path.suffix != ".safetensors" or path.name.startswith("model-00003"):
-            path.unlink()
-    shutil.copytree(place / "whole", place / "damaged")
-    for name in ("model-00002-of-00003.safetensors", "generation_config.json"):
-        path = place / "damaged" / name
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
-    return Stage(place)
-
-
-COMMANDS = ["apply", "go on", "repair", "record", "verify", "inspect"]
-
-
 def places(seen: list[tuple[Path, bool]], most: int | None) -> list[int]:
     """Numbers of calls, counted from 1: all, or so many of those that are the first about a file in their thread.
 
@@ -366,7 +258,7 @@ def meets(stage: Stage, run: Run, command: str, world: FailingNth, row: Row) -> 
     if world.path is None:
         assert ended.code == 0
         return False
-    assert ended.code in stage.codes(command, world.path, row), (world.path, row.name, ended)
+    assert ended.code in stage.codes(command, world.path, row.outcome), (world.path, row.name, ended)
     if ended.code:
         assert stage.named(world.path, ended), (world.path, row.name, ended)
         if ended.code == 6 and row.name in ("ENOSPC", "EDQUOT", "EFBIG"):

@@ -482,6 +482,7 @@ def releases(
 
 
 def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
+    _leave_signals_alone()
     if as_json:
         click.echo(report.to_json(document), nl=False)
     elif not quiet:
@@ -549,8 +550,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in words if word in commands.commands), "bayling-delta")
+    try:
+        _raise_on_signals()
+        code = _carry_out(words, command)
+        _leave_signals_alone()
+    except InterruptedRunError as error:
+        code = 128 + error.signal_number
+        _fail(report.failure_document(command, error), report.failure_text(error), as_json="--json" in words)
+    sys.exit(code)
+
+
+def _carry_out(words: list[str], command: str) -> int:
+    """Run a command and tell what went wrong, unless a signal ends it; return the exit code."""
     as_json = "--json" in words
-    _raise_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
@@ -558,61 +570,66 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy begins threads as it is imported; nothing here uses them
     try:
         commands.main(words, prog_name="bayling-delta", standalone_mode=False)
-        code = 0
     except BaylingDeltaError as error:
-        code = _exit_code(error)
-        _fail(report.failure_document(command, error), report.failure_text(error), as_json)
+        _fail(report.failure_document(command, error), report.failure_text(error), as_json=as_json)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except click.exceptions.Exit as done:
-        code = done.exit_code
+        return done.exit_code
     except click.ClickException as error:
-        code = 2
         message = error.format_message()
         if isinstance(error, click.NoSuchOption) and error.option_name in _OF_THE_SCRIPTS:
             message += f" The published script's {error.option_name} is {_OF_THE_SCRIPTS[error.option_name]} here."
         hint = f"\nTry '{' '.join(['bayling-delta', command][: 1 + (command in commands.commands)])} --help'."
         text = report.readable(f"error: {message}") + hint
-        _fail(report.usage_document(command, "usage", message), text, as_json)
+        _fail(report.usage_document(command, "usage", message), text, as_json=as_json)
+        return 2
     except (BrokenPipeError, SystemExit):  # whoever read our output has gone; click exits by itself then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 6
+        return 6
     except OSError as error:  # what happens to files is reported as such by now
-        code = 6
         what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
         message = f"{what} ({error.strerror})"
-        _fail(report.usage_document(command, "output", message), report.readable(f"error: {message}"), as_json)
+        _fail(report.usage_document(command, "output", message), report.readable(f"error: {message}"), as_json=as_json)
+        return 6
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         if "--debug" in words:
             raise
-        code = 1
         what = f"{type(error).__name__}: {error}"
         message = f"a fault in bayling-delta ({what}); run again with --debug and report what it prints"
-        _fail(report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json)
-    sys.exit(code)
+        _fail(
+            report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json=as_json
+        )
+        return 1
+    return 0
 
 
-def _exit_code(error: BaylingDeltaError) -> int:
-    if isinstance(error, InterruptedRunError):
-        return 128 + error.signal_number
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-
-
-def _fail(document: dict[str, Any], text: str, as_json: bool) -> None:
+def _fail(document: dict[str, Any], text: str, *, as_json: bool) -> None:
+    _leave_signals_alone()
     with suppress(OSError):  # where not even the failure can be told, the exit code must do
         if as_json:
             click.echo(report.to_json(document), nl=False)
         click.echo(text, err=True)
 
 
+_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _leave_signals_alone() -> None:
+    """Let a signal end the program as it ends any other: it has nothing left to clean up, and tells what came of it."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _raise_on_signals() -> None:
     """Turn the first SIGINT, SIGTERM or SIGHUP into an exception; what comes after does not disturb the cleaning up."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-        for each in numbers:
+        for each in _SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         name = signal.Signals(number).name
         raise InterruptedRunError(Problem("signal", "", f"interrupted by {name}"), number)
 
-    for number in numbers:
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks to be left alone
             signal.signal(number, interrupt)

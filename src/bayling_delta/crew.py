@@ -32,6 +32,7 @@ class Crew:
     def __init__(self, threads: int) -> None:
         self._condition = threading.Condition()
         self._ready: deque[Station] = deque()
+        self._running = 0
         self._busy = 0
         self._stopped = False
         self._fault: BaseException | None = None
@@ -42,6 +43,7 @@ class Crew:
 
     def __enter__(self) -> "Crew":
         for thread in self._threads:
+            self._running += 1
             thread.start()
         return self
 
@@ -49,8 +51,15 @@ class Crew:
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
-        for thread in self._threads:
-            thread.join()
+        interrupted: BaseException | None = None
+        while self._running:  # a signal may end the waiting, and what comes next closes the threads' files
+            try:
+                with self._condition:  # join would take an interrupted thread for ended, in Python 3.10 and 3.11
+                    self._condition.wait_for(lambda: not self._running)
+            except BaseException as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
     def post(self, station: Station, message: object) -> None:
         """Give a station a message; return at once."""
@@ -78,6 +87,8 @@ class Crew:
             with self._condition:
                 self._condition.wait_for(lambda: self._ready or self._stopped)
                 if self._stopped:
+                    self._running -= 1
+                    self._condition.notify_all()
                     return
                 station = self._ready.popleft()
                 message = station._inbox.popleft()

@@ -20,6 +20,7 @@ __all__ = [
     "NoRecordError",
     "OutputError",
     "Problem",
+    "RunEndedError",
     "UsageError",
     "refuse",
     "shown",
@@ -54,8 +55,8 @@ class Problem:
         return f"{self.where}: {self.message}" if self.where else self.message
 
 
-class BaylingDeltaError(Exception):
-    """Anything that this package refuses or that goes wrong in a way it knows."""
+class RunEndedError(BaseException):
+    """Whatever ends a run in a way that this package knows: an error, or a signal."""
 
     category: ClassVar[str] = "internal"
     """The value of ``error.kind`` in JSON documents."""
@@ -65,6 +66,10 @@ class BaylingDeltaError(Exception):
         self.hint: str | None = None
         """What is left of the work, and how to go on."""
         super().__init__("\n".join(map(str, self.problems)))
+
+
+class BaylingDeltaError(RunEndedError, Exception):
+    """Anything that this package refuses or that goes wrong in a way it knows."""
 
 
 class UsageError(BaylingDeltaError):
@@ -103,8 +108,11 @@ class OutputError(BaylingDeltaError):
     category = "output"
 
 
-class InterruptedRunError(BaylingDeltaError):
-    """A signal ended the run."""
+class InterruptedRunError(RunEndedError):
+    """A signal ended the run.
+
+    Like `KeyboardInterrupt` it is no `Exception`: it comes anywhere, and nobody who passes over errors passes over it.
+    """
 
     category = "interrupted"
 
@@ -117,7 +125,7 @@ class InterruptedRunError(BaylingDeltaError):
 class Kind:
     """What a problem's kind means."""
 
-    error: type[BaylingDeltaError]
+    error: type[RunEndedError]
     meaning: str
     allow: bool = False
 

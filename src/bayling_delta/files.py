@@ -7,6 +7,7 @@ import errno
 import hashlib
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,15 +106,16 @@ def publish_file(path: Path, data: bytes) -> None:
     Raises:
         OutputError: it exists, or cannot be written.
     """
-    partial = path.with_name(f".bayling-delta-{os.getpid()}.partial")
-    write_file(partial, data)
-    with reported(path):
-        try:
+    partial = path.with_name(f".bayling-delta-{secrets.token_hex(8)}.partial")  # nobody else's, nor a dead run's
+    try:
+        write_file(partial, data)
+        with reported(path):
             system.calls.rename_new(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                system.calls.remove_file(partial)
-            raise
+    except BaseException:
+        with suppress(OSError):
+            system.calls.remove_file(partial)
+        raise
+    with reported(path):
         system.calls.sync_directory(path.parent)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, Final
 
-from bayling_delta.errors import BaylingDeltaError, InterruptedRunError, Problem
+from bayling_delta.errors import InterruptedRunError, Problem, RunEndedError
 from bayling_delta.manifest import to_json, verification_texts
 
 __all__ = [
@@ -49,7 +49,7 @@ def readable(text: str) -> str:
     )
 
 
-def failure_text(error: BaylingDeltaError) -> str:
+def failure_text(error: RunEndedError) -> str:
     """One line a problem, the place first; long lists are cut. At the end, how to overrule what can be, and go on."""
     if isinstance(error, InterruptedRunError):
         return readable(f"error: {error}; {error.hint or 'run the command again'}")
@@ -83,7 +83,7 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def failure_document(command: str, error: BaylingDeltaError) -> dict[str, Any]:
+def failure_document(command: str, error: RunEndedError) -> dict[str, Any]:
     """A failure as JSON."""
     return _failure(command, error.category, str(error), error.problems, error.hint)
 

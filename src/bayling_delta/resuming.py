@@ -21,6 +21,7 @@ from bayling_delta.errors import (
     MismatchError,
     OutputError,
     Problem,
+    RunEndedError,
     refuse,
 )
 from bayling_delta.journal import Journal, read_journal, write_journal
@@ -320,7 +321,7 @@ def journalled(staging: Staging, plan: Plan, earlier: Earlier) -> Iterator[Journ
         staging.keep = count > 0
         if staging.keep:
             _keep(staging, plan, head, kept, error)
-        if isinstance(error, BaylingDeltaError) and count:
+        if isinstance(error, RunEndedError) and count:
             error.hint = (
                 f"{count} of {len(plan.files)} weight files are finished, in {staging.directory}: "
                 "run the command again to go on"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from bayling_delta import system
-from bayling_delta.errors import BaylingDeltaError, CheckpointError, OutputError, Problem
+from bayling_delta.errors import CheckpointError, OutputError, Problem, RunEndedError
 from bayling_delta.files import reported, write_all
 from bayling_delta.sources import file_size, is_directory, link_target, list_directory, read_file
 from bayling_delta.strict_json import load_strict
@@ -47,6 +47,8 @@ class Staging:
     directory: Path
     keep: bool = False
     """Whether it stays if the run fails: at first, whether an ended run has left a journal in it."""
+    named: bool = False
+    """Whether what was in it has its name: it is whole."""
 
     @property
     def model(self) -> Path:
@@ -230,26 +232,33 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
     handle = _acquire(partial)
     staging = Staging(partial, keep=resume)
     try:
-        if not resume:
-            _remove(partial, but_the_lock=True)
-        with reported(partial):
-            staging.keep = resume and system.calls.exists(staging.journal)
-            with suppress(FileExistsError):
-                system.calls.make_directory(staging.model)
-        yield staging
-        with reported(target):
-            system.calls.sync_directory(staging.model)
-            system.calls.rename_new(staging.model, target)
-            staging.keep = False  # nothing of use is left in it
-            system.calls.sync_directory(target.parent)
-    except BaylingDeltaError as error:
-        if staging.keep and error.hint is None:
-            error.hint = f"what is finished is in {partial}: run the command again to go on"
+        try:
+            if not resume:
+                _remove(partial, but_the_lock=True)
+            with reported(partial):
+                staging.keep = resume and system.calls.exists(staging.journal)
+                with suppress(FileExistsError):
+                    system.calls.make_directory(staging.model)
+            yield staging
+            with reported(target):
+                system.calls.sync_directory(staging.model)
+                system.calls.rename_new(staging.model, target)
+                staging.keep, staging.named = False, True
+                system.calls.sync_directory(target.parent)
+        finally:
+            if not staging.keep:
+                _remove(partial)
+            system.close_safely(handle)
+    except RunEndedError as error:
+        error.hint = error.hint or _left_behind(staging, target)
         raise
-    finally:
-        if not staging.keep:
-            _remove(partial)
-        system.close_safely(handle)
+
+
+def _left_behind(staging: Staging, target: Path) -> str | None:
+    """What there is of a directory when a run ends before its end."""
+    if staging.named:
+        return f"{target} is whole, and has its name"
+    return f"what is finished is in {staging.directory}: run the command again to go on" if staging.keep else None
 
 
 @contextmanager
