@@ -8,6 +8,7 @@ slowest station sets the pace, and memory stays what the plan says.
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,7 @@ from bayling_delta.errors import Problem
 from bayling_delta.growing import mean_rows
 from bayling_delta.plan import Budget, OutputFile, Plan
 from bayling_delta.reads import ReadList, undigested
-from bayling_delta.tally import Finished, FinishedInput, Tally
+from bayling_delta.tally import Finished, FinishedFile, FinishedInput, Tally
 from bayling_delta.torch_format import record_damage
 from bayling_delta.windows import Digester, Reader, Window, allocate
 
@@ -126,8 +127,10 @@ def run(
     if digests:
         users.append(flow.station(lambda window: tensors.update(window.buffer, window.tensors)))
         users.append(flow.station(lambda window: _digest_file(files, window)))
+    hand_over: Station | None = None
     if sink is not None:
-        users.append(flow.station(partial(_hand_over, sink, hears("written"))))
+        hand_over = Station(_HandOver(sink, hears("written"), flow.release).take)
+        users.append(hand_over)
     means = mean_rows(plan.tensors)
     adder = Adder(plan.files, additions, flow.release, lambda window: flow.share(window, users), means)
     adding.handle = adder.take
@@ -138,7 +141,7 @@ def run(
     if plan.model is not None and plan.model_reads is not None:
         model = flow.read("model", plan.model, plan.model_reads, plan.budget, adding)
     if tally and report:
-        tally.report = partial(_report, report, adder.non_finite, (base, delta))
+        tally.report = partial(_report, report, adder.non_finite, (base, delta), partial(flow.tell, hand_over))
     total = sum(sizes.values())
     flow.run(lambda: progress(adder.done_bytes, total) if progress else None)
     if not adder.finished:
@@ -241,6 +244,11 @@ class _Flow:
         for user in users:
             self._crew.post(user, window)
 
+    def tell(self, station: Station | None, message: object) -> None:
+        """Give a station, where there is one, something else than a window."""
+        if station is not None:
+            self._crew.post(station, message)
+
     def release(self, window: Window) -> None:
         """One user is done with a window; when all are, it goes home."""
         with self._lock:
@@ -301,7 +309,11 @@ def _digest_file(digester: Digester, window: Window) -> None:
 
 
 def _report(
-    report: Callable[[Finished], None], non_finite: Mapping[str, int], inputs: Sequence[_Input], finished: Finished
+    report: Callable[[Finished], None],
+    non_finite: Mapping[str, int],
+    inputs: Sequence[_Input],
+    tell: Callable[[object], None],
+    finished: Finished,
 ) -> None:
     if isinstance(finished, FinishedInput):
         # A damaged file is not called finished: a later run reads it again, and finds the damage again.
@@ -312,15 +324,44 @@ def _report(
             finished, non_finite={name: non_finite[name] for name in finished.tensors if name in non_finite}
         )
     report(finished)
+    tell(finished)
 
 
-def _hand_over(sink: Sink, written: Callable[[str, str], None] | None, window: Window) -> None:
-    file = window.space
-    if isinstance(file, OutputFile):
+class _HandOver:
+    """Gives the result to the sink; where files are reported, none is begun before the one before it has been.
+
+    So a run that ends loses one file and no more, however far the digests are behind the writing.
+    """
+
+    def __init__(
+        self, sink: Sink, written: Callable[[str, str], None] | None, release: Callable[[Window], None]
+    ) -> None:
+        """``written`` is told of each file that is whole; that it has been reported comes back as a message."""
+        self._sink = sink
+        self._written = written
+        self._release = release
+        self._held: deque[Window] = deque()
+        self._unreported = False
+
+    def take(self, message: Window | Finished) -> None:
+        if isinstance(message, Window):
+            self._held.append(message)
+        elif isinstance(message, FinishedFile):
+            self._unreported = False
+        while self._held and not self._unreported:
+            window = self._held.popleft()
+            self._give(window)
+            self._release(window)
+
+    def _give(self, window: Window) -> None:
+        file = window.space
+        if not isinstance(file, OutputFile):
+            return
         if not window.origin:
-            sink.begin(file)
-        sink.write(window.buffer, window.origin, window.stop - window.origin)
+            self._sink.begin(file)
+        self._sink.write(window.buffer, window.origin, window.stop - window.origin)
         if window.stop == file.size:
-            sink.end()
-            if written:
-                written(file.name, "")
+            self._sink.end()
+            if self._written:
+                self._unreported = True
+                self._written(file.name, "")
