@@ -17,6 +17,7 @@ from bayling_delta import apply, system
 from bayling_delta.errors import OutputError
 from bayling_delta.staging import partial_path
 from bayling_delta.system import ALIGNMENT, System
+from tests.journals import have_made_here
 from tests.pairs import llama, save
 from tests.running import Finished
 
@@ -172,6 +173,7 @@ class Stage:
                 path.unlink(missing_ok=True)
         if name == "go on":
             shutil.copytree(self.place / "begun", partial_path(self.out))
+            have_made_here(partial_path(self.out))
         if name == "repair":
             shutil.copytree(self.place / "damaged", self.out)
 

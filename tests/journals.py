@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -29,3 +30,15 @@ def documents_of(journal: bytes) -> list[Any]:
 def signed_again(journal: bytes) -> bytes:
     """The same lines, whatever they say, each as if it had been written so."""
     return b"".join(signed(line[17:]) for line in journal.split(b"\n")[:-1])
+
+
+def have_made_here(partial: Path) -> None:
+    """Have a copy of an unfinished output be one that was made where it is: with its files' times in its journal."""
+    journal = partial / "journal"
+    documents = documents_of(journal.read_bytes()) if journal.exists() else []
+    for entry in documents[1:]:
+        file = partial / "model" / entry["name"]
+        if entry["finished"] == "file" and file.exists():
+            entry["changed_ns"] = file.stat().st_ctime_ns
+    if documents:
+        journal.write_bytes(journal_of(documents))

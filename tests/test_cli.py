@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bayling_delta.cli import Size
+from bayling_delta.cli import Size, _Log
 from bayling_delta.staging import partial_path
 from tests.pairs import llama, save
 
@@ -256,3 +257,82 @@ def test_a_reader_that_goes_away_is_no_fault(pair: tuple[str, ...]) -> None:
     assert done.returncode == 6
     assert "Traceback" not in done.stderr
     assert Path(pair[-1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("record base >&-", 6),
+        ("record base --json >&-", 6),
+        ("inspect base >&-", 6),
+        ("inspect base --quiet >&-", 0),
+        ("record base >/dev/full", 6),
+        ("record nothing 2>&-", 3),
+        ("record nothing 2>/dev/full", 3),
+    ],
+)
+def test_output_that_goes_nowhere_is_noticed(tmp_path: Path, pair: tuple[str, ...], words: str, code: int) -> None:
+    """A stream that is closed, or a disk that is full."""
+    assert pair
+    command = f"exec {sys.executable} -m bayling_delta {words}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_where_errors_go_nowhere(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    assert pair
+    command = f"{{ {sys.executable} -m bayling_delta record base 2>&-; echo $? >code; }} | true"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False)
+    assert (tmp_path / "code").read_text() == "6\n"
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    """What a library prints would be in the weights."""
+    program = (
+        "from bayling_delta import system; from bayling_delta.cli import main\n"
+        "opened = system.calls.open_write\n"
+        "def noted(path, *, direct):\n"
+        "    handle = opened(path, direct=direct)\n"
+        f"    open({str(tmp_path / 'handles')!r}, 'a').write(f'{{handle}} ')\n"
+        "    return handle\n"
+        "system.calls.open_write = noted\n"
+        f"main({['apply', *pair]!r})\n"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, check=False).returncode == 6  # the summary could not be printed
+    assert min(map(int, (tmp_path / "handles").read_text().split())) > 2
+    assert bayling_delta("verify", tmp_path / "out").returncode == 0
+
+
+def test_a_line_of_progress_that_cannot_be_printed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = _Log("apply")
+    log._last -= 100
+    monkeypatch.setattr("bayling_delta.cli.click.echo", full)
+    log.line(1, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("limit", [150 << 20, 200 << 20])
+def test_too_little_memory_is_called_so(pair: tuple[str, ...], limit: int) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    done = bayling_delta("apply", *pair, preexec_fn=limited)
+    assert done.returncode == 1
+    assert "cannot have the memory that it needs" in done.stderr, done.stderr
+
+
+def test_a_current_directory_that_is_gone(tmp_path: Path, pair: tuple[str, ...]) -> None:
+    (tmp_path / "gone").mkdir()
+    program = (
+        f"import os; os.rmdir(os.getcwd()); from bayling_delta.cli import main; main({['apply', *pair[:-1], 'out']!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "gone", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 6
+    assert "out.partial: cannot be written (No such file or directory)" in done.stderr

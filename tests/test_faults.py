@@ -193,9 +193,10 @@ FAULTS: dict[str, list[Row]] = {
     ],
     "truncate": fails(errno.EIO, errno.EFBIG),
     "sync": fails(errno.EIO, errno.ENOSPC, errno.EDQUOT),
-    "sync_directory": fails(errno.EIO, errno.EACCES),
+    "sync_directory": fails(errno.EIO, errno.EACCES),  # what a file system has not is passed over in the seam
     "close": [Row("EIO", closing_fails, "fine")],
     "make_directory": fails(errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS),
+    "set_mode": fails(errno.EPERM, errno.EROFS, outcome="fine"),
     "remove_file": fails(errno.EIO, errno.EACCES, outcome="either"),
     "remove_directory": fails(errno.EIO, errno.ENOTEMPTY, outcome="either"),
     "rename_new": fails(errno.EIO, errno.ENOSPC, errno.EXDEV, errno.EEXIST, errno.EACCES),

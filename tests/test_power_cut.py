@@ -10,7 +10,7 @@ import pytest
 
 import bayling_delta
 from bayling_delta import apply, repair, system, verify
-from tests.journals import documents_of
+from tests.journals import documents_of, have_made_here
 from tests.pairs import llama, save
 from tests.power import Disk, Recorder, Step, Tree, lay_down, tree_of
 
@@ -138,6 +138,7 @@ class Writes(system.System):
 def assert_taken_up(tree: Tree, whole: Tree, pair: Pair, place: Path) -> None:
     """After a power cut the same command makes the same, and nothing again that is finished."""
     lay_down(tree, place)
+    have_made_here(place / "out.partial")
     if "out" in tree:
         verify(place / "out")
         return

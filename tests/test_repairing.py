@@ -1,6 +1,8 @@
 """Damaged models, made anew where they are damaged and nowhere else."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -387,3 +389,116 @@ def test_one_repair_at_a_time(place: Path) -> None:
     with staged_files(place / "model"), pytest.raises(OutputError, match="is being written by another run"):
         mend(place)
     assert contents(place / "model") == before
+
+
+class Unreadable(System):
+    """A disk with a bad sector in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handles: set[int] = set()
+
+    def open_read(self, path: Path, *, direct: bool) -> int:
+        handle = super().open_read(path, direct=direct)
+        (self._handles.add if path == self._path else self._handles.discard)(handle)
+        return handle
+
+    def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+        if handle in self._handles and offset + len(view) > 60:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read_into(handle, view, offset)
+
+    def replace(self, old: Path, new: Path) -> None:
+        super().replace(old, new)
+        if new == self._path:
+            self._path = Path()
+
+
+@pytest.mark.parametrize("name", ["shard", "config.json", "tokenizer.model", "bayling-delta.json", "SHA256SUMS"])
+def test_a_file_that_cannot_be_read_is_made_anew(place: Path, name: str) -> None:
+    before = contents(place / "model")
+    path = shard(place / "model", 1) if name == "shard" else place / "model" / name
+    with system.using(Unreadable(path)):
+        with pytest.raises(BaylingDeltaError, match="cannot be read"):
+            verify(place / "model")
+        if name == "bayling-delta.json":  # its time is lost with it
+            assert mend(place)["repaired"] == ["bayling-delta.json", "SHA256SUMS"]
+            return
+        assert mend(place)["repaired"] == [path.name]
+    assert contents(place / "model") == before
+
+
+def test_a_file_made_anew_is_for_whom_it_was(place: Path) -> None:
+    file = shard(place / "model", 1)
+    flip(file)
+    file.chmod(0o600)
+    mend(place)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_directory_where_a_file_belongs_is_seen_before_anything_is_touched(place: Path) -> None:
+    flip(shard(place / "model", 1))
+    absent(place / "model" / "config.json").mkdir()
+    before = shard(place / "model", 1).read_bytes()
+    with pytest.raises(BaylingDeltaError, match="is a directory, where a file belongs"):
+        mend(place)
+    assert shard(place / "model", 1).read_bytes() == before
+    assert (place / "model" / "config.json").is_dir()
+
+
+def test_what_apply_has_finished_of_another_model_is_left_alone(place: Path) -> None:
+    flip(shard(place / "model", 1))
+    partial = partial_path(place / "model")
+    (partial / "model").mkdir(parents=True)
+    for name in ("lock", "journal", "model/model.safetensors"):
+        (partial / name).touch()
+    with pytest.raises(OutputError, match="has what 'apply' has finished of another output"):
+        mend(place)
+    assert (partial / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("what", ["base", "linked base"])
+def test_an_input_where_files_would_grow_is_not_removed(place: Path, what: str) -> None:
+    flip(shard(place / "model", 1))
+    partial = partial_path(place / "model")
+    partial.mkdir()
+    (partial / "lock").touch()
+    (place / "base").rename(partial / "model")
+    base = partial / "model"
+    if what == "linked base":
+        base = place / "base"
+        base.mkdir()
+        for file in (partial / "model").iterdir():
+            (base / file.name).symlink_to(file)
+    before = contents(partial / "model")
+    for model in (place / "model", place / "model" / "..", place / "link"):
+        if model.name == "link":
+            model.symlink_to("model")
+        with pytest.raises(BaylingDeltaError):
+            repair(model, base=base, delta=place / "delta")
+    assert contents(partial / "model") == before
+
+
+@pytest.mark.parametrize("way", ["by a link", "from inside"])
+def test_a_model_is_mended_however_it_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    before = contents(place / "model")
+    flip(shard(place / "model", 1))
+    name = Path()
+    if way == "by a link":
+        (place / "elsewhere").mkdir()
+        name = place / "elsewhere" / "link"
+        name.symlink_to(place / "model")
+    else:
+        monkeypatch.chdir(place / "model")
+    repair(name, base=place / "base", delta=place / "delta")
+    assert contents(place / "model") == before
+    assert not list(place.glob("**/*.partial"))
+
+
+def test_a_manifest_without_a_digest_vouches_for_nothing(place: Path) -> None:
+    path = place / "model" / "bayling-delta.json"
+    manifest = json.loads(path.read_text())
+    manifest["result"]["files"][0]["sha256"] = None
+    path.write_text(json.dumps(manifest))
+    absent(place / "model" / SUMS)
+    refused(place, NoRecordError, "has no SHA-256 of")

@@ -1,6 +1,7 @@
 """Runs that end before their end, and those that take up what they left."""
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,9 +16,12 @@ import pytest
 import torch
 
 from bayling_delta import apply, plan_apply, system, verify
+from bayling_delta.checkpoint import open_weights
 from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityError, OutputError
+from bayling_delta.sources import Source, open_source, read_bytes
 from bayling_delta.staging import partial_path
 from bayling_delta.system import System
+from bayling_delta.tensors import TensorRef
 from tests.failing import facts
 from tests.journals import documents_of, journal_of, signed
 from tests.meta import Size, random_model, save_meta
@@ -223,6 +227,7 @@ def test_a_change_is_told_and_nothing_is_lost(
     assert problem.where == str(partial)
     assert words in problem.message
     assert "--no-resume starts over" in problem.message
+    assert refused.value.hint is None  # as the same command would end in the same way
     assert {path: path.read_bytes() for path in before} == before
     apply(*pair, tmp_path / "out", **({"max_shard_size": SHARD} | options), resume=False)
 
@@ -318,6 +323,74 @@ def test_a_bit_of_a_journal_that_is_wrong_is_noticed(tmp_path: Path, pair: Pair)
     assert facts(tmp_path / "out") == facts(tmp_path / "whole")
 
 
+def test_an_unfinished_output_that_comes_from_elsewhere_is_made_again(tmp_path: Path, pair: Pair) -> None:
+    """An archive of inputs may have one beside them, with another's weights and a journal that calls them right."""
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(5, pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    shard = sorted((partial / "model").iterdir())[1]
+    flip(shard, -1)
+    _, _, refs = open_weights(shard)
+    with open_source(shard) as source:
+        tensors = {name: elements_digest_of(source, ref) for name, ref in refs.items()}
+    lines = documents_of((partial / "journal").read_bytes())
+    for entry in lines[1:]:
+        if entry["name"] == shard.name:
+            entry |= {"sha256": hashlib.sha256(shard.read_bytes()).hexdigest(), "tensors": tensors}
+        if entry["finished"] == "input":
+            entry |= {"sha256": "a" * 64, "changed_ns": entry["changed_ns"] + 1}
+    lines[0]["inputs"] = {role: dict.fromkeys(files) for role, files in lines[0]["inputs"].items()}
+    (partial / "journal").write_bytes(journal_of(lines))
+    told: list[str] = []
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD, tell=told.append)
+    assert [text for text in told if f"is not as it was, and is made again: {shard.name}" in text]
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+    verify(tmp_path / "out", base=pair[0], delta=pair[1])
+
+
+def elements_digest_of(source: Source, ref: TensorRef) -> str:
+    return hashlib.sha256(read_bytes(source, ref.views[0].offset, ref.nbytes)).hexdigest()
+
+
+def test_a_copy_of_an_unfinished_output_is_made_again(tmp_path: Path, pair: Pair) -> None:
+    apply(*pair, tmp_path / "whole", max_shard_size=SHARD)
+    end_before(3, pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    shutil.copytree(partial, tmp_path / "copy")
+    shutil.rmtree(partial)
+    (tmp_path / "copy").rename(partial)
+    world = FullAt("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert set(names_of(pair, tmp_path / "other")) <= world.written
+    assert facts(tmp_path / "out") == facts(tmp_path / "whole")
+
+
+def test_a_finished_file_that_cannot_be_read_is_made_again(tmp_path: Path, pair: Pair) -> None:
+    end_before(3, pair, tmp_path / "out")
+    bad = partial_path(tmp_path / "out") / "model" / names_of(pair, tmp_path / "other")[1]
+
+    class BadSector(FullAt):
+        def read_into(self, handle: int, view: memoryview, offset: int) -> int:
+            if offset and os.fstat(handle).st_ino == inode:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read_into(handle, view, offset)
+
+    inode = bad.stat().st_ino
+    world = BadSector("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert bad.name in world.written
+    verify(tmp_path / "out")
+
+
+def test_a_finished_file_that_has_become_huge_is_not_read(tmp_path: Path, pair: Pair) -> None:
+    end_before(3, pair, tmp_path / "out")
+    os.truncate(partial_path(tmp_path / "out") / "model" / names_of(pair, tmp_path / "other")[1], 1 << 40)
+    apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("size", [-1, -30, -400])
 def test_a_journal_that_was_cut_short(tmp_path: Path, pair: Pair, size: int) -> None:
     end_before(3, pair, tmp_path / "out")
@@ -340,7 +413,10 @@ def test_a_journal_without_a_head_is_refused(tmp_path: Path, pair: Pair, text: b
     apply(*pair, tmp_path / "out", max_shard_size=SHARD, resume=False)
 
 
-@pytest.mark.parametrize("what", ["link to a directory", "link in it", "directory in it", "pipe in it", "no lock"])
+@pytest.mark.parametrize(
+    "what",
+    ["link to a directory", "link in it", "directory in it", "pipe in it", "no lock", "lock elsewhere", "another's"],
+)
 def test_a_directory_that_is_not_ours_is_neither_taken_up_nor_removed(tmp_path: Path, pair: Pair, what: str) -> None:
     partial = partial_path(tmp_path / "out")
     (tmp_path / "victim").mkdir()
@@ -357,6 +433,13 @@ def test_a_directory_that_is_not_ours_is_neither_taken_up_nor_removed(tmp_path: 
             (partial / "model" / name).mkdir()
         elif what == "pipe in it":
             os.mkfifo(partial / "model" / name)
+        elif what == "lock elsewhere":
+            (partial / "lock").unlink()
+            os.link(tmp_path / "victim" / "mine", partial / "lock")
+        elif what == "another's":
+            if os.geteuid():
+                pytest.skip("only root can give a file away")
+            os.chown(partial / "lock", 12345, 12345)
         else:
             (partial / "lock").unlink()
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -365,6 +448,59 @@ def test_a_directory_that_is_not_ours_is_neither_taken_up_nor_removed(tmp_path: 
             apply(*pair, tmp_path / "out", resume=resume)
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
     assert (tmp_path / "victim" / "mine").read_text() == "mine"
+
+
+def test_an_input_where_the_output_grows_is_not_removed(tmp_path: Path, pair: Pair) -> None:
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    (partial / "lock").touch()
+    shutil.copytree(pair[0], partial / "model")
+    before = {path.name: path.read_bytes() for path in (partial / "model").iterdir()}
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="where the output grows and which is emptied"):
+            apply(partial / "model", pair[1], tmp_path / "out", resume=resume)
+    assert {path.name: path.read_bytes() for path in (partial / "model").iterdir()} == before
+
+
+def test_an_output_that_another_run_finished_meanwhile_is_not_made_again(tmp_path: Path, pair: Pair) -> None:
+    """A run that waited, or planned for long, begins when the other has just ended."""
+
+    class Late(FullAt):
+        def lock(self, handle: int) -> bool:
+            (tmp_path / "out").mkdir(exist_ok=True)
+            return super().lock(handle)
+
+    world = Late("")
+    with system.using(world), pytest.raises(OutputError, match="appeared meanwhile; nothing was replaced"):
+        apply(*pair, tmp_path / "out")
+    assert world.written == {"lock"}
+    assert not partial_path(tmp_path / "out").exists()
+
+
+def test_a_run_that_only_looks_does_not_keep_another_from_beginning(tmp_path: Path, pair: Pair) -> None:
+    """A dry run takes the lock for a moment, to see whether anybody has it."""
+
+    class Looked(System):
+        tries = 0
+
+        def lock(self, handle: int) -> bool:
+            self.tries += 1
+            return self.tries > 2 and super().lock(handle)
+
+    with system.using(Looked()):
+        apply(*pair, tmp_path / "out")
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(tmp_path: Path, pair: Pair, code: int) -> None:
+    class Lockless(System):
+        def lock(self, handle: int) -> bool:  # noqa: ARG002
+            raise OSError(code, os.strerror(code))
+
+    with system.using(Lockless()), pytest.raises(OutputError, match="is on a file system without locks"):
+        apply(*pair, tmp_path / "out")
+    assert not partial_path(tmp_path / "out").exists()
 
 
 # inputs that prove to be wrong

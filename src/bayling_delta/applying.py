@@ -112,7 +112,7 @@ def apply(
     )
     with staged_directory(out, resume=resume) as staging:
         earlier = take_up(staging, plan, threads=threads, direct=direct, progress=progress, tell=tell)
-        with journalled(staging, plan, earlier) as journal:
+        with journalled(staging, plan, earlier) as report:
             outcome: Outcome | None = None
             if rest := rest_of(plan, earlier):
                 with closing(DirectorySink(staging.model, rest.output_bytes, direct=direct)) as sink:
@@ -123,7 +123,7 @@ def apply(
                         direct=direct,
                         additions=additions,
                         progress=_from(earlier.nbytes, progress),
-                        report=journal.add,
+                        report=report,
                     )
             outcome = merged(plan, earlier, outcome)
             records = look_up_inputs(prepared, outcome)

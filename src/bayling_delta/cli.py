@@ -1,5 +1,6 @@
 """The command line: options in, one core function called, its result shown. The only module that prints."""
 
+import errno
 import gc
 import io
 import os
@@ -47,6 +48,7 @@ _OF_THE_SCRIPTS: Final = {
     "--target": "--out",
 }
 """Options of the published apply_delta.py, and what they are called here."""
+_NO_MEMORY: Final = "this process cannot have the memory that it needs, by the machine or by a limit on it ({})"
 _LOG_SECONDS: Final = 15
 """Between two lines of progress where there is no terminal."""
 
@@ -483,10 +485,10 @@ def releases(
 
 def _show(document: dict[str, Any], text: str, *, as_json: bool, quiet: bool) -> None:
     _leave_signals_alone()
-    if as_json:
-        click.echo(report.to_json(document), nl=False)
-    elif not quiet:
-        click.echo(text)
+    if as_json or not quiet:
+        if sys.stdout is None:  # it was closed before the program began, and click would say nothing
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        click.echo(report.to_json(document) if as_json else text, nl=not as_json)
 
 
 def _note(quiet: bool) -> Callable[[str], None] | None:
@@ -536,11 +538,12 @@ class _Log:
             return
         self._last = now
         speed = done / (now - self._started)
-        click.echo(
+        text = (
             f"{self._command}: {report.size_text(done)} of {report.size_text(total)}, "
-            f"{report.size_text(int(speed))}/s, {(total - done) / speed:.0f} s left",
-            err=True,
+            f"{report.size_text(int(speed))}/s, {(total - done) / speed:.0f} s left"
         )
+        with suppress(OSError):  # what cannot be told is no reason to end a run
+            click.echo(text, err=True)
 
 
 # the process
@@ -563,6 +566,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _carry_out(words: list[str], command: str) -> int:
     """Run a command and tell what went wrong, unless a signal ends it; return the exit code."""
     as_json = "--json" in words
+    _take_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
@@ -584,9 +588,13 @@ def _carry_out(words: list[str], command: str) -> int:
         _fail(report.usage_document(command, "usage", message), text, as_json=as_json)
         return 2
     except (BrokenPipeError, SystemExit):  # whoever read our output has gone; click exits by itself then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # click has put something else there
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 6
     except OSError as error:  # what happens to files is reported as such by now
+        if error.errno == errno.ENOMEM:
+            return _give_up(command, _NO_MEMORY.format(error.strerror), as_json=as_json)
         what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
         message = f"{what} ({error.strerror})"
         _fail(report.usage_document(command, "output", message), report.readable(f"error: {message}"), as_json=as_json)
@@ -595,12 +603,26 @@ def _carry_out(words: list[str], command: str) -> int:
         if "--debug" in words:
             raise
         what = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or "start new thread" in str(error):
+            return _give_up(command, _NO_MEMORY.format(what), as_json=as_json)
         message = f"a fault in bayling-delta ({what}); run again with --debug and report what it prints"
-        _fail(
-            report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json=as_json
-        )
-        return 1
+        return _give_up(command, message, as_json=as_json)
     return 0
+
+
+def _take_closed_streams() -> None:
+    """Have something at the places of the standard streams: a file opened there gets what libraries print, else."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the first place that is free
+
+
+def _give_up(command: str, message: str, *, as_json: bool) -> int:
+    """Tell of a fault that is not about checkpoints; return the exit code."""
+    _fail(report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json=as_json)
+    return 1
 
 
 def _fail(document: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -104,6 +104,8 @@ def _parse(line: bytes) -> Finished:
         raise ValueError("a role is none")
     elif finished.md5 is not None and not re.fullmatch("[0-9a-f]{32}", finished.md5):
         raise ValueError("an MD5 is none")
+    if type(finished.changed_ns) is not int:
+        raise ValueError("a time is none")
     if not stays_in_directory(finished.name) or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
         raise ValueError("a digest or a name is none")
     return finished

@@ -31,7 +31,7 @@ from bayling_delta.reads import read_files
 from bayling_delta.recipes import PLAIN, RECIPES, Recipe
 from bayling_delta.releases import Registry, load_releases
 from bayling_delta.sources import exists
-from bayling_delta.staging import output_problems
+from bayling_delta.staging import output_problems, place_problems
 from bayling_delta.suspicions import suspect
 from bayling_delta.tensors import DTYPES
 
@@ -128,6 +128,8 @@ def prepare(
             for role, path in paths.items()
             if is_inside(out, directory_of(path))
         ]
+        with _collected(problems):
+            problems += place_problems(out, paths.values())
     if len(inputs) < len(paths):
         refuse(problems, allow)
     looks = {role: look_at(checkpoint, [], tokenizer=False) for role, checkpoint in inputs.items()}

@@ -84,7 +84,7 @@ class Found:
     checkpoint: Checkpoint
     """With no tensors where the weights could not be opened."""
     tensors: dict[str, TensorDigest] | None
-    """None where the weights could not be opened."""
+    """None where the weights could not be opened, or read."""
     files: dict[str, FoundFile]
     """Each file read, by name."""
     problems: tuple[Problem, ...]
@@ -108,8 +108,8 @@ def digest_model(
 ) -> Found:
     """Digest a model's weights, tensor by tensor and file by file, and the files ``names`` beside them, in one pass.
 
-    ``md5`` names the files of which the MD5 is taken too. Where the weights cannot be opened: ``strict`` raises,
-    else the files alone are digested.
+    ``md5`` names the files of which the MD5 is taken too. Where the weights cannot be opened, or a file not be read:
+    ``strict`` raises, else the other files alone are digested.
 
     Raises:
         CheckpointError: the model, or a file, cannot be read.
@@ -139,14 +139,28 @@ def digest_model(
                 raise
             problems += tuple(replace(problem, kind="model") for problem in error.problems)
     everything = replace(checkpoint, files=(*checkpoint.files, *beside))
-    reads = read_whole(everything, weights, [file.path.name for file in everything.files if file.path.name in md5])
-    budget = make_budget(memory_limit, [reads])
-    digests, damage = engine.digest(everything, reads, budget, threads=threads, progress=progress)
+    opened = bool(checkpoint.tensors)
+    while True:
+        listed = [file.path.name for file in everything.files if file.path.name in md5]
+        reads = read_whole(everything, weights, listed)
+        budget = make_budget(memory_limit, [reads])
+        try:
+            digests, damage = engine.digest(everything, reads, budget, threads=threads, progress=progress)
+            break
+        except CheckpointError as error:
+            places = {problem.where for problem in error.problems if problem.kind in ("unreadable", "not_found")}
+            bad = {file.path for file in everything.files if str(file.path) in places}
+            if strict or not bad:
+                raise
+            problems += tuple(replace(problem, kind="model") for problem in error.problems)
+            everything = replace(everything, files=tuple(file for file in everything.files if file.path not in bad))
+            if any(file.path in bad for file in checkpoint.files):
+                weights, opened = {}, False  # without one of their files, they are not the model's
     tensors = {name: TensorDigest(name, ref.dtype, ref.shape, digests.tensors[name]) for name, ref in weights.items()}
     return Found(
         model,
         checkpoint,
-        tensors if checkpoint.tensors else None,
+        tensors if opened else None,
         {
             name: FoundFile(size, digests.files[name], digests.md5.get(name))
             for name, size in ((file.path.name, file.size) for file in everything.files)

@@ -54,9 +54,20 @@ def doubt(model: Path) -> str | None:
         return None
     if not exists(model / MANIFEST_NAME):
         return f"is not there, and {SUMS_NAME} lists it"
-    found = hashlib.sha256(read_file(model / MANIFEST_NAME, JSON_CAP)).hexdigest()
+    content = _content(model / MANIFEST_NAME)
+    if content is None:
+        return "cannot be read"
+    found = hashlib.sha256(content).hexdigest()
     alike = sum(1 for mine, listed in zip(found, wanted.sha256 or "", strict=False) if mine == listed)
     return None if alike >= _ALIKE else f"its SHA-256 is {found}; {SUMS_NAME} says {wanted.sha256}"
+
+
+def _content(path: Path) -> bytes | None:
+    """The bytes of a file; None where it cannot be read."""
+    try:
+        return read_file(path, JSON_CAP)
+    except CheckpointError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ def manifest_anew(model: Path, means: Means) -> bytes:
     damage = [*found.problems, *differences(others, model, None, {}, found.files)]
     refuse([*damage, *stray_weights(found.checkpoint, [others])])
 
-    old = read_file(model / MANIFEST_NAME, JSON_CAP) if exists(model / MANIFEST_NAME) else b""
+    old = _content(model / MANIFEST_NAME) or b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}
     allow = re.findall("[a-z_]+", left.get("allow", ""))
     prepared, head = _prepared_alike(means, left, allow, found, sums)

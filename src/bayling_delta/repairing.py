@@ -1,8 +1,8 @@
 """Mend a rebuilt model: make anew the files that are damaged, and those alone, from the inputs it was made of."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint, WeightFile, open_checkpoint, read_table
 from bayling_delta.describing import small_files
 from bayling_delta.engine import DEFAULT_THREADS, Progress
-from bayling_delta.errors import Problem, refuse
+from bayling_delta.errors import CheckpointError, Problem, refuse
 from bayling_delta.expectations import Expectation, read_manifest, read_sums
 from bayling_delta.files import copy_file, write_file
 from bayling_delta.hub import local_copies
@@ -25,8 +25,8 @@ from bayling_delta.release_entry import Release
 from bayling_delta.releases import load_releases
 from bayling_delta.remaking import Means, doubt, manifest_anew
 from bayling_delta.sinks import DirectorySink
-from bayling_delta.sources import exists, file_size, open_source, read_file
-from bayling_delta.staging import Staging, output_problems, staged_files
+from bayling_delta.sources import exists, file_size, is_directory, link_target, open_source, read_file, real_path
+from bayling_delta.staging import Staging, output_problems, place_problems, staged_files
 from bayling_delta.verifying import stray_weights, verify
 
 __all__ = ["repair"]
@@ -62,6 +62,7 @@ def repair(
     means = Means(
         base, delta, memory_limit, threads, direct, device, registry, tell if tell else lambda _: None, progress
     )
+    refuse(place_problems(real_path(model), [base, delta]))
     repaired, notes = _mend_manifest(model, reason, means) if (reason := doubt(model)) else _mend_files(model, means)
     document = verify(model, memory_limit=memory_limit, threads=threads, progress=progress)
     return {
@@ -77,8 +78,9 @@ def repair(
 def _mend_manifest(model: Path, reason: str, means: Means) -> tuple[list[str], list[str]]:
     """Write a damaged manifest anew; the names of what was written, and what to say of it."""
     means.tell(f"{model / MANIFEST_NAME}: {reason}; it is made anew, for which base and delta are added once more")
-    refuse(output_problems(model, 0, mending=True))
-    with staged_files(model) as staging:
+    place = real_path(model)
+    refuse(output_problems(place, 0, mending=True))
+    with staged_files(place) as staging:
         manifest = manifest_anew(model, means)
         digests = {name: file.sha256 or "" for name, file in read_sums(model / SUMS_NAME).files.items()}
         wanted, digests[MANIFEST_NAME] = digests[MANIFEST_NAME], hashlib.sha256(manifest).hexdigest()
@@ -106,6 +108,10 @@ def _mend_files(model: Path, means: Means) -> tuple[list[str], list[str]]:
     if expected.operation != "apply" or expected.recipe not in RECIPES or not is_of_apply(manifest):
         message = "is not of a model that this version rebuilt from a base and a delta"
         refuse([Problem("no_record", str(manifest_path), message)])
+    nameless = [name for name, file in expected.files.items() if file.sha256 is None]
+    if nameless:
+        message = f"has no SHA-256 of {', '.join(nameless)}; what cannot be compared is not replaced"
+        refuse([Problem("no_record", str(manifest_path), message)])
     damaged = _damaged(model, expected, manifest, means)
     if not damaged:
         return [], []
@@ -113,9 +119,10 @@ def _mend_files(model: Path, means: Means) -> tuple[list[str], list[str]]:
     base, delta = local_copies([means.base, means.delta], tell=means.tell)
     whole = _plan(base, delta, expected, manifest, means.memory_limit)
     plan = _only(whole, damaged)
-    refuse(output_problems(model, plan.output_bytes, mending=True))
+    place = real_path(model)
+    refuse([*output_problems(place, plan.output_bytes, mending=True), *_obstacles(model, damaged)])
     release = load_releases(means.registry).find(str(manifest["inputs"]["delta"]["name"]))
-    with staged_files(model) as staging:
+    with staged_files(place) as staging:
         if plan.files:
             with closing(DirectorySink(staging.model, plan.output_bytes, direct=means.direct)) as sink:
                 outcome = engine.run(
@@ -163,9 +170,20 @@ def _damaged(model: Path, expected: Expectation, manifest: Mapping[str, Any], me
     return damaged
 
 
+def _obstacles(model: Path, names: Iterable[str]) -> list[Problem]:
+    """The findings that something is where a file belongs that no file can take the place of."""
+    return [
+        Problem("output_exists", str(model / name), "is a directory, where a file belongs; move it away")
+        for name in names
+        if is_directory(model / name) and not link_target(model / name)
+    ]
+
+
 def _content(path: Path, size: int) -> bytes | None:
-    """The bytes of a file; None where it is not there, or has not so many."""
-    return read_file(path, size) if file_size(path) == size else None
+    """The bytes of a file; None where it is not there, cannot be read, or has not so many."""
+    with suppress(CheckpointError):
+        return read_file(path, size) if file_size(path) == size else None
+    return None
 
 
 def _sums(model: Path, manifest: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bayling_delta import __version__, engine
-from bayling_delta.checkpoint import Checkpoint, WeightFile, open_weights
+from bayling_delta.checkpoint import Checkpoint, open_weights
 from bayling_delta.engine import Digests, Outcome, Progress
 from bayling_delta.errors import (
     BaylingDeltaError,
@@ -27,10 +27,9 @@ from bayling_delta.errors import (
 from bayling_delta.journal import Journal, read_journal, write_journal
 from bayling_delta.plan import OutputFile, Plan
 from bayling_delta.reads import ReadList, read_in_order_of, read_whole
-from bayling_delta.sources import changed
+from bayling_delta.sources import changed, file_status
 from bayling_delta.staging import Staging
 from bayling_delta.tally import Finished, FinishedFile, FinishedInput
-from bayling_delta.tensors import TensorRef
 
 __all__ = ["Earlier", "journalled", "merged", "rest_of", "take_up"]
 
@@ -146,6 +145,9 @@ def take_up(
         for entry in entries
         if isinstance(entry, FinishedInput) and _fits_input(entry, plan)
     }
+    others = sorted({entry.name for entry in entries if isinstance(entry, FinishedFile)} - finished.keys())
+    if others and tell:
+        tell(f"{staging.directory}: what was finished is not as it was, and is made again: {', '.join(others)}")
     if finished and tell:
         tell(
             f"{staging.directory}: {len(finished)} of {len(plan.files)} weight files were finished by an earlier run, "
@@ -164,29 +166,45 @@ def _as_written(
         for entry in entries
         if isinstance(entry, FinishedFile) and entry.name in planned and _fits(entry, planned[entry.name], plan)
     }
-    files: list[WeightFile] = []
-    tensors: dict[str, TensorRef] = {}
-    for name in called:
-        with suppress(BaylingDeltaError):
-            _, file, refs = open_weights(staging.model / name)
-            files.append(file)
-            tensors |= refs
-    if not files:
-        return {}
-    checkpoint = Checkpoint(staging.model, staging.model, "safetensors", tuple(files), tensors, None)
-    reads = read_whole(checkpoint, tensors)
+    found: dict[str, FinishedFile] = {}
+    for name, entry in called.items():
+        before = sum(file.size for file in found.values())
+        move = _from(before, plan.output_bytes, progress)
+        with suppress(BaylingDeltaError):  # what cannot be read is not as it was written
+            if _is_as_written(staging, planned[name], entry, plan, threads, direct, move):
+                found[name] = entry
+    return found
 
-    def move(done: int, _: int) -> None:
-        if progress:
-            progress(done, plan.output_bytes)
 
-    digests, _ = engine.digest(checkpoint, reads, plan.budget, threads=threads, direct=direct, progress=move)
-    return {
-        name: entry
-        for name, entry in called.items()
-        if digests.files.get(name) == entry.sha256
-        and all(digests.tensors.get(tensor) == digest for tensor, digest in entry.tensors.items())
-    }
+def _from(before: int, total: int, progress: Progress | None) -> Progress | None:
+    return (lambda done, _: progress(before + done, total)) if progress else None
+
+
+def _is_as_written(
+    staging: Staging,
+    planned: OutputFile,
+    entry: FinishedFile,
+    plan: Plan,
+    threads: int,
+    direct: bool,
+    progress: Progress | None,
+) -> bool:
+    """Whether a file is the one that was called finished, by the time that the system keeps of it and by its bytes.
+
+    The time is what a journal that came with the files from elsewhere cannot know.
+
+    Raises:
+        BaylingDeltaError: it cannot be read.
+    """
+    if staging.changed_ns(entry.name) != entry.changed_ns:
+        return False
+    container, file, refs = open_weights(staging.model / entry.name)
+    if container != "safetensors" or file.size != planned.size:
+        return False
+    checkpoint = Checkpoint(staging.model, staging.model, container, (file,), refs, None)
+    reads = read_whole(checkpoint, refs)
+    digests, _ = engine.digest(checkpoint, reads, plan.budget, threads=threads, direct=direct, progress=progress)
+    return digests.files[entry.name] == entry.sha256 and digests.tensors == entry.tensors
 
 
 def _fits(entry: FinishedFile, file: OutputFile, plan: Plan) -> bool:
@@ -211,10 +229,22 @@ def _fits(entry: FinishedFile, file: OutputFile, plan: Plan) -> bool:
 def _fits_input(entry: FinishedInput, plan: Plan) -> bool:
     """The same for an input's file."""
     reads = {"base": plan.base_reads, "delta": plan.delta_reads}.get(entry.role)
-    if reads is None or entry.name not in reads.files or (entry.md5 is None) == (entry.name in reads.md5):
+    if (
+        reads is None
+        or _input_changed_ns(entry, plan) != entry.changed_ns
+        or entry.name not in reads.files
+        or (entry.md5 is None) == (entry.name in reads.md5)
+    ):
         return False
     stops = reads.stops.get(entry.name, ())
     return entry.parts.keys() == {f"{entry.role}/{entry.name}@{stop}" for stop in stops}
+
+
+def _input_changed_ns(entry: FinishedInput, plan: Plan) -> int | None:
+    """When an input's file was last changed in any way; None if there is no such file."""
+    side = plan.base if entry.role == "base" else plan.delta
+    status = next((file_status(file.path) for file in side.files if file.path.name == entry.name), None)
+    return status.st_ctime_ns if status else None
 
 
 # what is still to do
@@ -303,8 +333,8 @@ def _merged_input(
 
 
 @contextmanager
-def journalled(staging: Staging, plan: Plan, earlier: Earlier) -> Iterator[Journal]:
-    """Write down what is finished while the body runs; if it fails, keep what a later run can use, and say so.
+def journalled(staging: Staging, plan: Plan, earlier: Earlier) -> Iterator[Callable[[Finished], None]]:
+    """Yield what writes down that something is finished; if the body fails, keep what a later run can use, and say so.
 
     Raises:
         OutputError: the journal cannot be written.
@@ -312,8 +342,15 @@ def journalled(staging: Staging, plan: Plan, earlier: Earlier) -> Iterator[Journ
     staging.keep = bool(earlier.files)
     head = _head(plan)
     journal = Journal(staging.journal, head, earlier.entries)
+
+    def note(finished: Finished) -> None:
+        if isinstance(finished, FinishedFile):
+            journal.add(replace(finished, changed_ns=staging.changed_ns(finished.name)))
+        else:
+            journal.add(replace(finished, changed_ns=_input_changed_ns(finished, plan) or 0))
+
     try:
-        yield journal
+        yield note
     except BaseException as error:
         journal.close()
         kept = _worth_keeping(plan, journal.entries, error)

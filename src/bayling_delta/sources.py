@@ -22,6 +22,7 @@ __all__ = [
     "exists",
     "file_size",
     "file_stamp",
+    "file_status",
     "is_directory",
     "link_target",
     "list_directory",
@@ -215,13 +216,28 @@ def read_file(path: Path, limit: int) -> bytes:
         return read_bytes(source, 0, source.size)
 
 
-def file_stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of change of a regular file or a link to one, as `Source.stamp`; None if there is no such file.
+def file_status(path: Path) -> os.stat_result | None:
+    """What the system knows of a file, or of what a link leads to; None if there is none.
 
     Raises:
         CheckpointError: the system does not say. What it does not say is not taken for absent: a result would lack it.
     """
-    status = _status(path)
+    with _reported(path):
+        try:
+            return system.calls.stat(path)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a regular file or a link to one, as `Source.stamp`; None if there is no such file.
+
+    Raises:
+        CheckpointError: the system does not say.
+    """
+    status = file_status(path)
     return (status.st_size, status.st_mtime_ns) if status and stat.S_ISREG(status.st_mode) else None
 
 
@@ -271,7 +287,7 @@ def is_directory(path: Path) -> bool:
     Raises:
         CheckpointError: the system does not say.
     """
-    status = _status(path)
+    status = file_status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
@@ -283,17 +299,6 @@ def list_directory(path: Path) -> list[str]:
     """
     with _reported(path):
         return sorted(system.calls.list_directory(path))
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """What the system knows of a file, or of what a link leads to; None if there is none."""
-    with _reported(path):
-        try:
-            return system.calls.stat(path)
-        except OSError as error:
-            if error.errno in ABSENT:
-                return None
-            raise
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

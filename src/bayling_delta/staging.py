@@ -5,10 +5,12 @@ It grows as ``NAME.partial/model`` beside its place, under a lock that goes with
 ``journal`` and ``model/``, and no directory that holds anything else is touched.
 """
 
+import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,14 +19,15 @@ from typing import Final
 
 from bayling_delta import system
 from bayling_delta.errors import CheckpointError, OutputError, Problem, RunEndedError
-from bayling_delta.files import reported, write_all
-from bayling_delta.sources import file_size, is_directory, link_target, list_directory, read_file
+from bayling_delta.files import is_inside, reported, write_all
+from bayling_delta.sources import file_size, file_status, is_directory, link_target, list_directory, read_file
 from bayling_delta.strict_json import load_strict
 
 __all__ = [
     "Staging",
     "output_problems",
     "partial_path",
+    "place_problems",
     "remove_remnant",
     "room_problems",
     "staged_directory",
@@ -37,6 +40,8 @@ _OWN: Final = {"lock", "journal", "journal.new", "model"}
 _OWNER_CAP: Final = 4096
 _OTHER_FILES: Final = 16
 """Directories, lock and journal, and what lies beside the weights, generously."""
+_LOCK_TRIES: Final = 5
+_LOCK_SECONDS: Final = 0.2
 _ELSEWHERE: Final = "choose another output, or move it away"
 
 
@@ -70,14 +75,26 @@ class Staging:
             return sorted(system.calls.list_directory(self.model))
 
     def put(self, name: str, directory: Path) -> None:
-        """Move a file that was made to where it belongs, in place of one that may be there.
+        """Move a file that was made to where it belongs, in place of one that may be there, for whoever may read that.
 
         Raises:
             OutputError: the system refuses.
         """
+        with suppress(OSError):  # there is none, or its file system has no modes
+            mode = stat.S_IMODE(system.calls.stat(directory / name).st_mode)
+            system.calls.set_mode(self.model / name, mode)
         with reported(directory / name):
             system.calls.replace(self.model / name, directory / name)
             system.calls.sync_directory(directory)
+
+    def changed_ns(self, name: str) -> int:
+        """When a file that was made was last changed in any way: a time that nobody can choose, on Linux and macOS.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        with reported(self.model / name):
+            return system.calls.stat(self.model / name).st_ctime_ns
 
     def discard(self, name: str) -> None:
         """Remove a file that was made, or was begun.
@@ -130,6 +147,24 @@ def output_problems(target: Path, needed_bytes: int, *, mending: bool = False) -
             "make room, or choose another place"
         )
         problems.append(Problem("disk_space", str(target.parent), message))
+    return problems
+
+
+def place_problems(target: Path, inputs: Iterable[Path]) -> list[Problem]:
+    """The findings that an input lies where a directory grows: it would be taken for what an ended run has left.
+
+    Raises:
+        CheckpointError: the system cannot list an input.
+    """
+    if target.name in ("", ".."):
+        return []  # which `output_problems` tells
+    partial = partial_path(target)
+    message = f"lies in {partial}, where the output grows and which is emptied; move it away"
+    problems: list[Problem] = []
+    for path in inputs:
+        files = [path / name for name in list_directory(path)] if is_directory(path) else []
+        if any(is_inside(file, partial) for file in (path, *files)):
+            problems.append(Problem("output_place", str(path), message))
     return problems
 
 
@@ -191,22 +226,37 @@ def _stranger(partial: Path) -> str | None:
         ours = _is_ours(partial)
     except CheckpointError as error:
         return f"{error.problems[0].message}; {_ELSEWHERE}"
-    return None if ours else f"exists, and is not an unfinished output of this program; {_ELSEWHERE}"
+    return None if ours else f"exists, and is not an unfinished output of this program for this user; {_ELSEWHERE}"
 
 
 def _is_ours(partial: Path) -> bool:
-    """Whether a directory has nothing in it but what this program makes there."""
-    if link_target(partial) or not is_directory(partial):
+    """Whether a directory has nothing in it but what this program makes there for this user."""
+    if not _is_own(partial, directory=True):
         return False
     names = set(list_directory(partial))
     if not names <= _OWN or (names and "lock" not in names):
         return False
     files = [partial / name for name in names - {"model"}]
     if "model" in names:
-        if link_target(partial / "model") or not is_directory(partial / "model"):
+        if not _is_own(partial / "model", directory=True):
             return False
         files += [partial / "model" / name for name in list_directory(partial / "model")]
-    return not any(link_target(path) or file_size(path) is None for path in files)
+    return all(_is_own(path, directory=False) for path in files)
+
+
+def _is_own(path: Path, *, directory: bool) -> bool:
+    """Whether it is this user's, and no link: what is written through one would change something elsewhere.
+
+    What is gone by now was another run's.
+    """
+    if link_target(path):
+        return False
+    status = file_status(path)
+    if status is None:
+        return True
+    if directory:
+        return stat.S_ISDIR(status.st_mode) and system.is_mine(status)
+    return stat.S_ISREG(status.st_mode) and system.is_mine(status) and status.st_nlink <= 1
 
 
 def _busy(partial: Path) -> str:
@@ -237,8 +287,11 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
                 _remove(partial, but_the_lock=True)
             with reported(partial):
                 staging.keep = resume and system.calls.exists(staging.journal)
-                with suppress(FileExistsError):
-                    system.calls.make_directory(staging.model)
+            with reported(target):
+                if system.calls.exists(target):  # the run that held the lock until now has made it
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            with reported(partial), suppress(FileExistsError):
+                system.calls.make_directory(staging.model)
             yield staging
             with reported(target):
                 system.calls.sync_directory(staging.model)
@@ -250,15 +303,18 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
                 _remove(partial)
             system.close_safely(handle)
     except RunEndedError as error:
-        error.hint = error.hint or _left_behind(staging, target)
+        error.hint = error.hint or _left_behind(staging, target, error)
         raise
 
 
-def _left_behind(staging: Staging, target: Path) -> str | None:
+def _left_behind(staging: Staging, target: Path, error: RunEndedError) -> str | None:
     """What there is of a directory when a run ends before its end."""
     if staging.named:
         return f"{target} is whole, and has its name"
-    return f"what is finished is in {staging.directory}: run the command again to go on" if staging.keep else None
+    if not staging.keep or any(problem.kind == "unfinished" for problem in error.problems):  # it says what to do
+        return None
+    first = f"move {target} away, then " if any(problem.kind == "output_exists" for problem in error.problems) else ""
+    return f"what is finished is in {staging.directory}: {first}run the command again to go on"
 
 
 @contextmanager
@@ -266,9 +322,14 @@ def staged_files(target: Path) -> Iterator[Staging]:
     """Yield a place beside a directory where files for it grow; in the end it is removed.
 
     Raises:
-        OutputError: it cannot be made, or another run or something else is in the place.
+        OutputError: it cannot be made, or another run, what one has finished, or something else is in the place.
     """
     partial = partial_path(target)
+    remove_remnant(target)
+    with reported(partial):
+        if system.calls.exists(partial / "journal"):
+            message = f"has what 'apply' has finished of another output of this name in it; {_ELSEWHERE}"
+            raise OutputError(Problem("output_exists", str(partial), message))
     handle = _acquire(partial)
     try:
         _remove(partial, but_the_lock=True)
@@ -311,7 +372,7 @@ def _acquire(partial: Path) -> int:
             except FileExistsError:
                 made = False
                 handle = system.calls.open_update(path)
-            if not system.calls.lock(handle):
+            if not _locked(handle, partial):
                 made = False
                 raise OutputError(Problem("output_exists", str(partial), _busy(partial)))
             mine = system.calls.stat_handle(handle)
@@ -330,6 +391,21 @@ def _acquire(partial: Path) -> int:
             system.close_safely(handle)
         raise
     return handle
+
+
+def _locked(handle: int, partial: Path) -> bool:
+    """Lock a file; False if another run has it. One that only looks whether it is locked has it for a moment."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            if system.calls.lock(handle):
+                return True
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            message = f"is on a file system without locks ({error.strerror}); choose an output on another one"
+            raise OutputError(Problem("output_place", str(partial), message)) from error
+        time.sleep(_LOCK_SECONDS / _LOCK_TRIES)
+    return False
 
 
 def _remove(partial: Path, *, but_the_lock: bool = False) -> None:
@@ -351,4 +427,6 @@ def _remove(partial: Path, *, but_the_lock: bool = False) -> None:
         if not but_the_lock and set(system.calls.list_directory(partial)) <= {"lock"}:
             with suppress(FileNotFoundError):
                 system.calls.remove_file(partial / "lock")
+    if not but_the_lock:
+        with suppress(OSError):
             system.calls.remove_directory(partial)

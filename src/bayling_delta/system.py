@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
-__all__ = ["ABSENT", "ALIGNMENT", "PortableSystem", "System", "calls", "close_safely", "using"]
+__all__ = ["ABSENT", "ALIGNMENT", "PortableSystem", "System", "calls", "close_safely", "is_mine", "using"]
 
 ALIGNMENT = 4096
 """Bytes: what direct I/O wants offsets, lengths and buffers to be multiples of."""
@@ -79,7 +79,10 @@ class System:
 
     def real_path(self, path: Path) -> Path:
         """The path without links, as far as they lead anywhere."""
-        return Path(os.path.realpath(path))
+        try:
+            return Path(os.path.realpath(path))
+        except OSError:  # there is no current directory any more
+            return path
 
     def free_bytes(self, path: Path) -> int:
         """What an unprivileged user may still write to the file system of ``path``, by its space and their quota."""
@@ -137,6 +140,9 @@ class System:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that has no such thing
+                raise
         finally:
             with suppress(OSError):  # it is synced, or that has failed
                 os.close(handle)
@@ -147,6 +153,10 @@ class System:
 
     def make_directory(self, path: Path) -> None:
         _again(os.mkdir, path)
+
+    def set_mode(self, path: Path, mode: int) -> None:
+        """Who may read and write a file, as chmod(2) has it."""
+        _again(os.chmod, path, mode)
 
     def remove_file(self, path: Path) -> None:
         _again(os.unlink, path)
@@ -322,6 +332,11 @@ def _quotas(path: Path) -> list[tuple[int | None, int | None]]:
 
 calls: System = System() if sys.platform == "linux" else PortableSystem()
 """What is in use. Read it as ``system.calls`` at each use, so that `using` has its effect."""
+
+
+def is_mine(status: os.stat_result) -> bool:
+    """Whether a file belongs to the user whose rights this process has; True where files belong to nobody."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def close_safely(handle: int) -> None:

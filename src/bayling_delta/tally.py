@@ -33,6 +33,8 @@ class FinishedFile:
     """Where an input is digested by file: of what was read of it for this file, as ``role/name@stop``."""
     non_finite: dict[str, int] = field(default_factory=dict)
     """How many elements are infinite or NaN, for the tensors that have any."""
+    changed_ns: int = 0
+    """When the file was last changed in any way, where that was noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class FinishedInput:
     """Where a list has it."""
     parts: dict[str, str]
     """Up to each stop, as ``role/name@stop``."""
+    changed_ns: int = 0
+    """When the file was last changed in any way, where that was noted."""
 
 
 Finished = FinishedFile | FinishedInput
