@@ -285,7 +285,7 @@ HEADERS: list[Row] = [
     Row("escape code in a file", place_tensor(NORM, "\x1b[2J"), 3, "unsafe_name", ("\\x1b[2J",)),
     Row("half a character in a file", place_tensor(NORM, "\ud800"), 3, "unsafe_name", ("\\ud800",)),
     Row("a number for a file", place_tensor(NORM, 3), 3, "unsafe_name", ("places",)),
-    Row("a file of 300 letters", place_tensor(NORM, "x" * 300), 3, "incomplete", ("not here",)),
+    Row("a file of 300 letters", place_tensor(NORM, "x" * 300), 3, "unsafe_name", ("xxx",)),
     Row("a shard is absent", remove(SECOND_BIN), 3, "incomplete", (SECOND_BIN, "download the missing shard")),
     Row("two shards are absent", both(remove(BIN), remove(DELTA_SHARD)), 3, "incomplete", (BIN, DELTA_SHARD)),
     Row("the index is named", remove(SECOND_BIN), 3, "incomplete", (BIN_INDEX,)),

@@ -94,7 +94,10 @@ def test_metadata_is_of_the_file_that_was_fetched(tmp_path: Path) -> None:
         assert (expected_sha256(file) == DIGEST) is known
 
 
-@pytest.mark.parametrize("text", ["", "one line", f"{COMMIT}\n{DIGEST}\nyesterday\n", "\0\xff\n" * 5, "x" * 9999])
+@pytest.mark.parametrize(
+    "text",
+    ["", "one line", f"{COMMIT}\n{DIGEST}\nyesterday\n", f"{COMMIT}\n{DIGEST}\nnan\n", "\0\xff\n" * 5, "x" * 9999],
+)
 def test_metadata_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> None:
     file = in_local_dir(tmp_path, DIGEST)
     (tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata").write_text(text)

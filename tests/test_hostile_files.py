@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bayling_delta import apply
+from bayling_delta import apply, inspect_checkpoint, plan_apply
 from bayling_delta.cli import main
+from bayling_delta.errors import CheckpointError
 from bayling_delta.system import System
 from tests.journals import journal_of
 from tests.pairs import CONFIG, llama, save
@@ -321,3 +323,43 @@ def test_nothing_that_a_file_says_commands_the_terminal(
 def test_what_is_rude_is_noticed() -> None:
     """Else the test above would prove nothing."""
     assert not any(is_calm(f"a{character}b") for character in "\x1b\x07\x9b\x7f\u200f\u202e\u2028\r")
+
+
+@pytest.mark.parametrize("name", ["model-\x1b[2J.safetensors", "model-\u202ex.safetensors", "model-\n.safetensors"])
+@pytest.mark.parametrize("command", ["inspect {}", "record {}", "apply --base {} --delta {} --out out"])
+def test_a_weight_file_whose_name_is_a_command_is_refused(tmp_path: Path, run: Run, name: str, command: str) -> None:
+    """It would be printed, and written into the model card of a result."""
+    place = save(tmp_path / "model", llama(1), container="safetensors")
+    (place / "model.safetensors").rename(place / name)
+    ended = run(command.replace("{}", shlex.quote(str(place))))
+    said = json.dumps(ended.document) + ended.errors
+    assert ended.code == 3
+    assert "no name on every system" in said or "has no model" in said
+    assert not re.search("[\x1b\u202e]", said)
+
+
+def test_what_a_link_leads_to_is_told_before_it_is_copied(tmp_path: Path) -> None:
+    save(tmp_path / "base", llama(1))
+    delta = save(tmp_path / "delta", llama(2, 0.01))
+    (tmp_path / "secret").write_text("mine")
+    (delta / "merges.txt").symlink_to("../secret")
+    told: list[str] = []
+    apply(tmp_path / "base", delta, tmp_path / "out", tell=told.append)
+    assert [text for text in told if "merges.txt: is a link" in text and str(tmp_path / "secret") in text]
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.model", "chat_template.jinja"])
+def test_a_file_that_is_taken_over_is_no_larger_than_a_tokenizer(tmp_path: Path, name: str) -> None:
+    """A sparse one takes nothing on its publisher's disk, and gigabytes on the user's."""
+    save(tmp_path / "base", llama(1))
+    delta = save(tmp_path / "delta", llama(2, 0.01))
+    with (delta / name).open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(CheckpointError, match="at most 64,000,000 are taken over"):
+        plan_apply(tmp_path / "base", delta, tmp_path / "out")
+
+
+def test_a_tokenizer_of_millions_of_pieces_is_none(tmp_path: Path) -> None:
+    place = save(tmp_path / "model", llama(1), container="safetensors")
+    (place / "tokenizer.model").write_bytes(b"\x0a\0" * 1_000_001)
+    assert inspect_checkpoint(place)["tokenizer"]["vocabulary"] is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub._local_folder import write_download_metadata
 
 from bayling_delta import apply, plan_apply, record, verify
 from bayling_delta.describing import plan_document
@@ -328,3 +329,22 @@ def test_a_release_of_which_too_little_is_on_record_verifies_nothing(tmp_path: P
 def test_a_release_that_is_misspelled_is_asked_about(base: Path) -> None:
     with pytest.raises(Exception, match=r"nor a release; did you mean the release bayling-7b-diff"):
         verify(base, against="bayling-7b-dif")
+
+
+def test_what_came_with_the_weights_is_no_record_of_them(tmp_path: Path) -> None:
+    """Metadata of a download, and a directory named like the Hub's cache, can be made by anybody."""
+    digests: list[str] = []
+    for side, seed in (("base", 1), ("delta", 2)):
+        place = tmp_path / "models--lab--model" / "snapshots" / "0123456789abcdef0123456789abcdef01234567" / side
+        save(place, llama(seed, 1 if seed == 1 else 0.01), container="safetensors")
+        digests.append(hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest())
+        write_download_metadata(local_dir=place, filename="model.safetensors", commit_hash="0" * 40, etag=digests[-1])
+    pair = (place.with_name("base"), place)
+    manifest = apply(*pair, tmp_path / "out")
+    assert [entry["outcome"] for entry in manifest["verification"]] == [
+        "no record",
+        "match",
+        "match",
+    ]  # it finds damage
+    with pytest.raises(NoRecordError, match="is on no record"):
+        apply(*pair, tmp_path / "other", require_recorded=True)

@@ -587,3 +587,14 @@ def test_any_bytes_are_refused_or_a_state_dict(data: bytes) -> None:
 def test_objects_are_counted(body: bytes, words: str) -> None:
     """Long before the pickle's size would be a burden: each byte could make an object of a hundred."""
     assert words in str(refusal(PROTO + body + b"."))
+
+
+@pytest.mark.parametrize("index", [1 << 20, (1 << 32) - 1])
+def test_what_is_remembered_is_numbered_as_a_pickler_does(index: int) -> None:
+    """Numbers of one's choice could be made to collide in a table of Python's."""
+    assert "remembers more objects" in str(refusal(PROTO + b"}r" + index.to_bytes(4, "little") + b"."))
+
+
+@pytest.mark.parametrize("key", [-1, 1 << 20, -(1 << 31)])
+def test_a_number_that_is_a_key_is_a_count(key: int) -> None:
+    assert "no count is" in str(refusal(PROTO + b"}J" + key.to_bytes(4, "little", signed=True) + b"Ns."))

@@ -325,3 +325,37 @@ def test_checksums_that_were_not_computed_are_not_looked_at(place: Path, tmp_pat
         torch.serialization.set_crc32_options(True)
     manifest = record(tmp_path / "m")
     assert manifest["result"]["weights_digest"] == verify(place / "model")["weights_digest"]
+
+
+# what a loader would read, and nobody lists
+
+STRAY = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "consolidated.00.pth",
+    "flax_model.msgpack",
+    "special_tokens_map.json",
+    "tf_model.h5",
+    "tokenizer.json",
+]
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_a_file_that_would_change_the_model_is_found(model: Path, name: str) -> None:
+    (model / name).write_text("{}")
+    said = "does not belong to this model, and a loader may take it"
+    assert problems_of(model) == [("model", str(model / name), said)]
+
+
+def test_other_files_are_the_users(model: Path) -> None:
+    for name in ("notes.txt", "LICENSE", ".gitattributes", "model.gguf"):
+        (model / name).write_text("mine")
+    assert verify(model)["ok"]
+
+
+def test_a_list_of_weights_alone_says_nothing_of_other_files(model: Path) -> None:
+    (model / "bayling-delta.json").unlink()
+    lines = (model / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (model / "SHA256SUMS").write_text("".join(line for line in lines if ".safetensors" in line))
+    assert verify(model)["ok"]

@@ -277,6 +277,13 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         archive(OUTER, Entry(INNER.name, INNER.data, central={"offset": INNER_OFFSET})),
         "'archive/data/1' overlaps the record before it",
     ),
+    "an empty record in a record": (
+        archive(
+            Entry(OUTER.name, b"...." + Entry(INNER.name, b"").stored()),
+            Entry(INNER.name, b"", central={"offset": INNER_OFFSET}),
+        ),
+        "'archive/data/1' overlaps the record before it",
+    ),
     "a record that runs into the next": (
         archive(Entry(local=DESCRIBED, central={"packed": 90, "size": 90}), OUTER),
         "'archive/data/0' overlaps the record before it",

@@ -52,15 +52,18 @@ HEAD: Final = "lm_head.weight"
 _ROTARY: Final = ".rotary_emb.inv_freq"
 JSON_CAP: Final = 100_000_000
 """Bytes of an index, manifest or journal that are read: an index of a million tensors, a manifest of 400,000."""
+COMPANION_CAP: Final = 64_000_000
+"""Bytes of a tokenizer, and of any file that is taken over into a result."""
 _CAPS: Final = {
     **dict.fromkeys(
         ("config.json", "generation_config.json", "special_tokens_map.json", meta_format.PARAMS_NAME), 4_000_000
     ),
-    **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"), 64_000_000),
+    **dict.fromkeys(("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"), COMPANION_CAP),
 }
 """Bytes of other files, by name; twice those of the largest known, of 260,000 tokens, and far more than most have."""
 
 
+_RENAME: Final = "rename it: it is no name on every system, and would be printed and written down"
 _MOST_TOLD: Final = 1000
 """Problems of one kind and file."""
 
@@ -237,13 +240,14 @@ def read_index(path: Path) -> tuple[_Files, list[Problem]]:
             placed.setdefault(name, []).append(tensor)
         else:
             strange.append((tensor, name))
-    strange += [(tensors[0], name) for name, tensors in placed.items() if not stays_in_directory(name)]
+    plain: _Files = {name: tensors for name, tensors in placed.items() if stays_in_directory(name)}
+    strange += [(tensors[0], name) for name, tensors in placed.items() if name not in plain]
     outside = (f"places {shown(tensor)!r} in {shown(str(name))!r}, outside its directory" for tensor, name in strange)
     problems = _first("unsafe_name", path, outside)
-    problems += _first("unsafe_name", path, (f"names {two}" for two in look_alikes(placed)))
+    problems += _first("unsafe_name", path, (f"names {two}" for two in look_alikes(plain)))
     if not weight_map:
         problems.append(Problem("index", str(path), "names no tensors"))
-    return {name: tensors for name, tensors in placed.items() if stays_in_directory(name)}, problems
+    return plain, problems
 
 
 def _lone_shard(path: Path) -> list[Problem]:
@@ -270,9 +274,15 @@ def directory_of(path: Path) -> Path:
     return path.parent if file_size(path) is not None else path
 
 
+_OTHER_WEIGHTS: Final = (
+    r"adapter_(model|config).*|consolidated.*\.(pth|safetensors)|tf_model.*\.h5|flax_model.*\.msgpack"
+)
+"""Weights that loaders take, or add to others, and that are not read here."""
+
+
 def loadable_files(directory: Path) -> list[str]:
     """The names in a directory that a loader would take for weights or for their index."""
-    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in LAYOUTS) + r"|adapter_model.*"
+    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in LAYOUTS) + r"|" + _OTHER_WEIGHTS
     return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
 
 
@@ -282,9 +292,15 @@ _DEVICE: Final = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb
 """A device of Windows, in every directory. Source: Microsoft, "Naming Files, Paths, and Namespaces"."""
 
 
+_LONGEST_NAME: Final = 255
+"""Letters; no file system has longer ones."""
+
+
 def stays_in_directory(name: str) -> bool:
     """Whether a name from a file names a file of the same directory, on any system."""
     if not name or name.endswith((".", " ")):  # which Windows leaves out at the end of a name
+        return False
+    if len(name) > _LONGEST_NAME:
         return False
     return not _NO_PLAIN_LETTER.search(name) and not _DEVICE.fullmatch(name)
 
@@ -310,10 +326,18 @@ def _open_shards(
     opened: list[WeightFile] = []
     tensors: dict[str, TensorRef] = {}
     containers: set[str] = set()
+    lacking = 0
     for name, expected in files.items():
         shard = directory / name
         try:
+            if not stays_in_directory(name):
+                raise CheckpointError(
+                    Problem("unsafe_name", str(directory), f"has a file named {shown(name)!r}; {_RENAME}")
+                )
             if expected is not None and not exists(shard):
+                lacking += 1
+                if lacking > _MOST_TOLD:
+                    continue
                 raise CheckpointError(
                     Problem("incomplete", str(shard), f"is in {index}, but not here; download the missing shard")
                 )
@@ -331,6 +355,9 @@ def _open_shards(
                 other = tensors[tensor].views[0].file.name
                 problems.append(Problem("index", str(shard), f"{shown(tensor)} is also in {other}"))
             tensors[tensor] = ref
+    if lacking > _MOST_TOLD:
+        what = f"names {lacking - _MOST_TOLD:,} more files that are not here"
+        problems.append(Problem("incomplete", str(index), what))
     config: dict[str, Any] | None = None
     try:
         config = _read_config(directory)

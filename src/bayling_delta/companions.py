@@ -12,12 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from bayling_delta.checkpoint import EMBEDDING, HEAD, Checkpoint, read_table, what_instead
+from bayling_delta.checkpoint import COMPANION_CAP, EMBEDDING, HEAD, Checkpoint, read_table, what_instead
 from bayling_delta.downloads import mended
 from bayling_delta.errors import CheckpointError, Problem
 from bayling_delta.manifest import to_json
 from bayling_delta.release_entry import Prompt, Release
-from bayling_delta.sources import exists, file_stamp, list_directory, open_source, read_bytes
+from bayling_delta.sources import exists, file_stamp, link_target, list_directory, open_source, read_bytes, real_path
 from bayling_delta.tensors import TORCH_NAMES
 from bayling_delta.tokenizer_files import TOKENIZER_TABLES, read_tokenizer, too_many_tokens
 
@@ -123,13 +123,24 @@ def check(delta: Checkpoint, release: Release | None = None) -> tuple[list[Probl
             except CheckpointError as error:
                 problems += error.problems
     problems += [problem for problem in _table_problems(delta) if problem not in problems]
+    told = [
+        f"{delta.directory / name}: is a link; what is copied into the result is {real_path(delta.directory / name)}"
+        for name in COPIED
+        if _leads_elsewhere(delta.directory / name)
+    ]
     embedding = delta.tensors.get(EMBEDDING)
     if tokens is None or embedding is None or len(embedding.shape) != 2 or tokens <= embedding.shape[0]:
-        return problems, []
+        return problems, told
     too_many = f"its tokenizer {too_many_tokens(tokens, embedding.shape[0])}"
     if release and release.tokenizer and release.tokenizer.tokens == tokens:
-        return problems, [f"{delta.path}: {too_many}; {_published_so(release, embedding.shape[0])}"]
-    return [*problems, Problem("tokenizer", str(delta.directory), too_many)], []
+        return problems, [*told, f"{delta.path}: {too_many}; {_published_so(release, embedding.shape[0])}"]
+    return [*problems, Problem("tokenizer", str(delta.directory), too_many)], told
+
+
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether it is a link out of its directory, and not to a blob of the Hub's cache."""
+    target = link_target(path)
+    return target is not None and target.parent.name != "blobs" and real_path(path).parent != real_path(path.parent)
 
 
 def _table_problems(delta: Checkpoint) -> Iterator[Problem]:
@@ -158,6 +169,9 @@ def _check_file(path: Path) -> None:
         read_table(path)
         return
     with open_source(path) as source:
+        if source.size > COMPANION_CAP:
+            message = f"has {source.size:,} bytes; at most {COMPANION_CAP:,} are taken over"
+            raise CheckpointError(Problem("unsupported", str(path), message))
         found = what_instead(read_bytes(source, 0, 512), source.size)
     if found:
         problem = mended(Problem(found[0], str(path), found[1].replace("weights", "this file")), path)

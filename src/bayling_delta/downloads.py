@@ -59,10 +59,10 @@ def expected_sha256(path: Path) -> str | None:
             return None
         _, etag, time, *_ = read_file(metadata, _METADATA_CAP).decode("ascii", "replace").split("\n")
         with open_source(path) as source:
-            outdated = source.modified_ns / 1e9 > float(time) + 1  # the margin that huggingface_hub allows
+            valid = source.modified_ns / 1e9 <= float(time) + 1  # the margin that huggingface_hub allows
     except (CheckpointError, ValueError):  # it is a hint: huggingface_hub drops one that it cannot read
         return None
-    return etag if _SHA256.fullmatch(etag) and not outdated else None
+    return etag if _SHA256.fullmatch(etag) and valid else None
 
 
 def record_source(directory: Path) -> str:

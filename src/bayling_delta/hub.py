@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 
 from bayling_delta.checkpoint import LAYOUTS, read_index, stays_in_directory
 from bayling_delta.companions import COPIED
-from bayling_delta.downloads import download_again, expected_sha256
+from bayling_delta.downloads import download_again, expected_sha256, origin
 from bayling_delta.errors import KINDS, CheckpointError, Problem, refuse
-from bayling_delta.files import free_bytes
+from bayling_delta.files import free_bytes, is_inside
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME
 from bayling_delta.sources import exists, file_size, is_directory, list_directory, read_file
 
-__all__ = ["HubId", "local_copies", "parse_id"]
+__all__ = ["HubId", "is_in_cache", "local_copies", "parse_id"]
 
 Tell = Callable[[str], None]
 """Given what a user should know of a download, a sentence at a time."""
@@ -140,6 +140,18 @@ def local_copies(
                 _fetch(snapshot, [name])
     places = {path: snapshot.path(snapshot.hub_id.file or "") for path, snapshot in zip(ids, snapshots, strict=True)}
     return [places.get(path, path) for path in paths]
+
+
+def is_in_cache(directory: Path) -> bool:
+    """Whether a directory is a snapshot in this user's cache of the Hub, which huggingface_hub alone writes.
+
+    One elsewhere that is named like it may have been made by anybody, and so may the metadata of downloads.
+    """
+    if origin(directory) is None:
+        return False
+    from huggingface_hub import constants
+
+    return is_inside(directory, Path(constants.HF_HUB_CACHE))
 
 
 # looking up

@@ -14,7 +14,7 @@ from bayling_delta.downloads import expected_sha256, origin, record_source
 from bayling_delta.engine import Digests
 from bayling_delta.errors import NoRecordError, Problem
 from bayling_delta.expectations import Expectation, ExpectedFile
-from bayling_delta.hub import parse_id
+from bayling_delta.hub import is_in_cache, parse_id
 from bayling_delta.looking import Look
 from bayling_delta.manifest import OF_THE_HUB
 from bayling_delta.recipes import Recipe
@@ -228,8 +228,9 @@ def look_up(
     for name in names:
         digest = digests.files.get(name)
         matches = list(_matches(checkpoint, name, digest, found[name]))
-        if not matches:
+        if not found[name] and not (matches and is_in_cache(checkpoint.directory)):
             unrecorded.append(name)
+        if not matches:
             matches = [(None, None)]
             accepted = accepted_sha256(identity.forms, name) if identity and digest else None
             if identity and accepted:

@@ -94,10 +94,13 @@ def _dtypes(tensors: Mapping[str, TensorRef]) -> list[dict[str, Any]]:
 
 def _kinds(tensors: Mapping[str, TensorRef], kinds: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Tensors that differ in nothing but the numbers in their names, counted."""
+    # by their text: who writes a file can have the hashes of numbers collide, and not those of text
     counts = Counter(
-        (kind, tensors[name].dtype, tensors[name].shape) for kind, names in kinds.items() for name in names
+        (kind, tensors[name].dtype, str(tensors[name].shape)) for kind, names in kinds.items() for name in names
     )
+    shapes = {str(ref.shape): ref.shape for ref in tensors.values()}
+    found = [(name, dtype, shapes[shape], count) for (name, dtype, shape), count in counts.items()]
     return [
         {"name": name, "count": count, "dtype": dtype, "shape": list(shape), "parameters": count * math.prod(shape)}
-        for (name, dtype, shape), count in sorted(counts.items(), key=lambda item: (natural_key(item[0][0]), item[0]))
+        for name, dtype, shape, count in sorted(found, key=lambda row: (natural_key(row[0]), row))
     ]

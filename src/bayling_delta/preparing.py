@@ -118,7 +118,7 @@ def prepare(
     for role, path in paths.items():
         with _collected(problems):
             inputs[role] = open_checkpoint(path)
-    needed = _SMALL_FILES_BYTES
+    needed = _SMALL_FILES_BYTES + sum(size for size, _ in beside_delta.values())
     if len(inputs) == len(paths):
         needed += sum(ref.elements * DTYPES[dtype or ref.dtype] for ref in inputs["delta"].weights.values())
     if out is not None:
@@ -209,7 +209,10 @@ def _check_inputs(
 
 def unrecorded_problems(checkpoint: Checkpoint, records: FileRecords) -> list[Problem]:
     """The weight files that --require-recorded refuses."""
-    message = "is on no record, neither in the registry nor of the Hub, and --require-recorded asks for one"
+    message = (
+        "is on no record, neither in the registry nor of what is in this user's cache of the Hub, "
+        "and --require-recorded asks for one"
+    )
     return [Problem("no_record", str(checkpoint.directory / name), message) for name in records.unrecorded]
 
 

@@ -25,7 +25,7 @@ from bayling_delta.recording import Found, digest_model
 from bayling_delta.releases import load_releases
 from bayling_delta.sources import exists, open_source, read_bytes, read_file
 from bayling_delta.tensors import DTYPES, FLOATS
-from bayling_delta.verifying import stray_weights
+from bayling_delta.verifying import stray_files
 
 __all__ = ["Means", "doubt", "manifest_anew"]
 
@@ -106,7 +106,7 @@ def manifest_anew(model: Path, means: Means) -> bytes:
         strict=False,
     )
     damage = [*found.problems, *differences(others, model, None, {}, found.files)]
-    refuse([*damage, *stray_weights(found.checkpoint, [others])])
+    refuse([*damage, *stray_files(found.checkpoint, [others])])
 
     old = _content(model / MANIFEST_NAME) or b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}

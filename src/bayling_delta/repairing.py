@@ -27,7 +27,7 @@ from bayling_delta.remaking import Means, doubt, manifest_anew
 from bayling_delta.sinks import DirectorySink
 from bayling_delta.sources import exists, file_size, is_directory, link_target, open_source, read_file, real_path
 from bayling_delta.staging import Staging, output_problems, place_problems, staged_files
-from bayling_delta.verifying import stray_weights, verify
+from bayling_delta.verifying import stray_files, verify
 
 __all__ = ["repair"]
 
@@ -158,7 +158,7 @@ def _damaged(model: Path, expected: Expectation, manifest: Mapping[str, Any], me
         progress=means.progress,
         strict=False,
     )
-    refuse(stray_weights(found.checkpoint, [expected]))
+    refuse(stray_files(found.checkpoint, [expected]))
     damaged = [
         name
         for name, file in expected.files.items()

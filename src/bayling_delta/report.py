@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, Final
 
-from bayling_delta.errors import InterruptedRunError, Problem, RunEndedError
+from bayling_delta.errors import InterruptedRunError, Problem, RunEndedError, shown
 from bayling_delta.manifest import to_json, verification_texts
 
 __all__ = [
@@ -206,10 +206,10 @@ def inspected_text(document: dict[str, Any], path: Path) -> str:
         ("release", _release_lines(document["release"])),
         ("architecture", _architecture_lines(document["architecture"])),
         ("container", [f"{document['container']}, {_count(len(files), 'file')}, {size_text(stored)}"]),
-        ("", _first(_columns(listed, "<>>"), _MOST_FILES)),
+        ("", _first_rows(listed, "<>>", _MOST_FILES)),
         ("weights", [f"{document['parameters']:,} parameters in {_count(document['tensors'], 'tensor')}"]),
         ("", [f"embeddings {tied}, {rotary}", *_columns(dtypes, "<>>>")]),
-        ("tensors", _first(_columns(kinds, "><<><"), _MOST_KINDS)),
+        ("tensors", _first_rows(kinds, "><<><", _MOST_KINDS)),
         ("tokenizer", [_tokenizer_line(document["tokenizer"])]),
         ("odd", _first(odd, _MOST_PROBLEMS) or ["nothing was found"]),
         ("read", [f"{size_text(document['sampled_bytes'])} of the weights"]),
@@ -345,7 +345,7 @@ def _form_lines(form: dict[str, Any]) -> list[str]:
     keys = dict.fromkeys(key for fact in (form, *form["files"]) for key in fact["source"])
     lines = [f"{form['title']} ({form['container']}) [{', '.join(keys)}]"]
     lines += [f"on the Hub: {', '.join(form['hub'])}"] if form["hub"] else []
-    lines += [f"  {line}" for line in _first(_columns(rows, "<><") if rows else [], _MOST_FILES)]
+    lines += [f"  {line}" for line in _first_rows(rows, "<><", _MOST_FILES)]
     if without := [f"{file['name']} {_stored(file)}".rstrip() for file in weights if file not in recorded]:
         few = len(without) <= _FEW_FILES
         named = ", ".join(without) if few else f"{len(without)} of {_count(len(weights), 'weight file')}"
@@ -408,8 +408,17 @@ def _columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def _first(lines: Sequence[str], most: int) -> list[str]:
-    more = [f"… and {len(lines) - most:,} more; --json lists all of them"] if len(lines) > most else []
-    return [*lines[:most], *more]
+    return [*lines[:most], *_more(len(lines) - most)]
+
+
+def _first_rows(rows: Sequence[Sequence[str]], sides: str, most: int) -> list[str]:
+    """The first rows as lines, and how many more there are; long names cut, as each line is as wide as the longest."""
+    first = [[shown(cell) for cell in row] for row in rows[:most]]
+    return [*(_columns(first, sides) if first else []), *_more(len(rows) - most)]
+
+
+def _more(count: int) -> list[str]:
+    return [f"… and {count:,} more; --json lists all of them"] if count > 0 else []
 
 
 def _wrap(line: str) -> list[str]:

@@ -248,6 +248,8 @@ class _Machine:
     def _put(self, index: int) -> None:
         if not self.stack or self.stack[-1] is _MARK:
             raise PickleError("the pickle remembers an object that it has not made")
+        if index >= len(self.pickle):  # a pickler counts; numbers of one's choice could have a table of them collide
+            raise PickleError("the pickle remembers more objects than it can make")
         self.memo[index] = self.stack[-1]
 
     def get1(self) -> None:
@@ -316,6 +318,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | int):
                 raise PickleError("the pickle has a table whose key is neither a string nor a number")
+            if isinstance(key, int) and not 0 <= key < len(self.pickle):  # as in the memo
+                raise PickleError("the pickle has a table whose key is a number that no count is", unsupported=True)
             if key in target:
                 raise PickleError(f"the pickle has {shown(str(key))!r} twice in one table")
             target[key] = value

@@ -18,6 +18,8 @@ TOKENIZER_TABLES: Final = (_LARGE_TABLE, *_SMALL_TABLES)
 """The files that `read_tokenizer` reads as JSON."""
 _MODEL: Final = "tokenizer.model"
 _FILES: Final = (_MODEL, *TOKENIZER_TABLES, "vocab.json", "merges.txt", "chat_template.jinja")
+_MOST_PIECES: Final = 1_000_000
+"""Four times those of the largest known."""
 _PIECES_CAP: Final = 16 << 20
 """Bytes of a tokenizer.model; LLaMA's has half a million."""
 
@@ -104,6 +106,8 @@ def _pieces(path: Path) -> int | None:
             return None
         length, position = _varint(data, position)
         count += tag >> 3 == 1
+        if count > _MOST_PIECES:
+            return None
         position += length
     return count if count and position == len(data) else None
 

@@ -23,6 +23,9 @@ _PICKLE_CAP = 100_000_000
 """Bytes; a model of 100,000 tensors needs some 25 million."""
 _EXPANDED_CAP = 64 << 20
 """Bytes of a tensor that repeats its storage's elements; more would be a small file that takes forever."""
+_FEW_ELEMENTS = 1024
+_MOST_ALIASES = 8
+"""How many times over all storages may be in tensors: tied weights are in two."""
 
 
 def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
@@ -65,6 +68,9 @@ def parse(source: Source) -> tuple[dict[str, TensorRef], tuple[Record, ...]]:
                 f"{shown(name)} lies in storage {shown(spec.storage.key)!r}, which another tensor gives another dtype",
             )
     refs = {name: _reference(path, root, records, name, spec) for name, spec in specs.items()}
+    stored = {spec.storage.key: spec.storage.elements * DTYPES[spec.storage.dtype] for spec in specs.values()}
+    if sum(ref.nbytes for ref in refs.values()) > _MOST_ALIASES * sum(stored.values()) + _EXPANDED_CAP:
+        raise _unsupported(path, "its tensors repeat their storages over and over; save it after contiguous()")
     return refs, tuple(sorted(records.values(), key=attrgetter("offset"))) if checked else ()
 
 
@@ -122,12 +128,25 @@ def _reference(path: Path, root: str, records: dict[str, Record], name: str, spe
         last = spec.offset + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.strides, strict=True))
         if last >= storage.elements:
             raise _damaged(path, f"{shown(name)} reaches to element {last:,} of a storage of {storage.elements:,}")
+    if math.prod(spec.shape) > _FEW_ELEMENTS and _overlaps(spec):
+        what = f"{shown(name)} has elements that lie in each other's place"
+        raise _unsupported(path, f"{what}; save it after contiguous()")
     contiguous = 0 in spec.shape or all(
         size == 1 or stride == expected
         for size, stride, expected in zip(spec.shape, spec.strides, row_major(spec.shape), strict=True)
     )
     offset = record.offset + spec.offset * item_bytes
     return one_view(path, offset, storage.dtype, spec.shape, None if contiguous else spec.strides)
+
+
+def _overlaps(spec: TensorSpec) -> bool:
+    """Whether elements share a place otherwise than by a stride of 0; such would be read one by one."""
+    span = 1  # from the first element to the last, in the dimensions so far
+    for stride, size in sorted(zip(spec.strides, spec.shape, strict=True)):
+        if size > 1 and 0 < stride < span:
+            return True
+        span += max(0, size - 1) * stride
+    return False
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

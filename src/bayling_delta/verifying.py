@@ -13,6 +13,7 @@ from bayling_delta import engine
 from bayling_delta.adding import Difference
 from bayling_delta.applying import additions_on, input_problems
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
+from bayling_delta.companions import COPIED
 from bayling_delta.describing import result_digests
 from bayling_delta.downloads import expected_sha256
 from bayling_delta.engine import DEFAULT_THREADS, Progress
@@ -92,7 +93,7 @@ def verify(
         )
         problems += against_expectations(found, expectations)
         problems += unlisted_weights(found, expectations)
-        problems += stray_weights(found.checkpoint, expectations)
+        problems += stray_files(found.checkpoint, expectations)
         if against is None:
             problems += sums_problems(directory_of(model), expectations)
         compared += [_comparison(expected) for expected in expectations]
@@ -228,18 +229,22 @@ def unlisted_weights(found: Found, expectations: Sequence[Expectation]) -> list[
     ]
 
 
-def stray_weights(checkpoint: Checkpoint, expectations: Sequence[Expectation]) -> list[Problem]:
-    """Weight files in a model's directory that neither it nor a list of its files knows."""
+def stray_files(checkpoint: Checkpoint, expectations: Sequence[Expectation]) -> list[Problem]:
+    """Files in a model's directory that a loader would read, and that neither it nor a list of its files knows."""
     known = {file.path.name for file in checkpoint.files}
     known.update(name for expected in expectations for name in expected.files)
     if not checkpoint.files and not any(expected.files for expected in expectations):
         return []  # the weights could not be opened, and nobody says which files they are
     if not is_directory(checkpoint.directory):
         return []
+    names = [name for name in loadable_files(checkpoint.directory) if not name.endswith(".index.json")]
+    if any(expected.source == str(checkpoint.directory / MANIFEST_NAME) for expected in expectations):
+        # A manifest lists every file that a loader reads; a list of digests may be of the weights alone.
+        names += [name for name in COPIED if exists(checkpoint.directory / name)]
     return [
         Problem("model", str(checkpoint.directory / name), "does not belong to this model, and a loader may take it")
-        for name in loadable_files(checkpoint.directory)
-        if name not in known and not name.endswith(".index.json")
+        for name in names
+        if name not in known
     ]
 
 

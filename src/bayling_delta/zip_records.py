@@ -63,10 +63,10 @@ def read_records(source: Source) -> dict[str, Record]:
     source.expect((offset, _local_bytes(name)) for name, (offset, _) in claimed.items() if offset < start)
     records = {name: _place(source, offset, record, limit=start) for name, (offset, record) in claimed.items()}
     end = 0
-    for record in sorted(records.values(), key=lambda record: record.offset):
-        if record.size and record.offset < end:
-            raise _damaged(path, f"record {shown(record.name)!r} overlaps the record before it")
-        end = max(end, record.offset + record.size)
+    for header_offset, name in sorted((offset, name) for name, (offset, _) in claimed.items()):
+        if header_offset < end:
+            raise _damaged(path, f"record {shown(name)!r} overlaps the record before it")
+        end = records[name].offset + records[name].size
     return records
 
 
