@@ -823,7 +823,7 @@ MODELS: list[Row] = [
     # files
     ModelRow("a shard is missing", remove(SECOND), 5, "model", (SECOND,)),
     ModelRow("two shards are missing", both(remove(FIRST), remove(SECOND)), 5, "model", (FIRST, SECOND)),
-    ModelRow("a shard is cut", cut(SECOND, -2), 5, "model", (SECOND, "download it again")),
+    ModelRow("a shard is cut", cut(SECOND, -2), 5, "model", (SECOND, "bayling-delta repair model --base")),
     ModelRow("a shard is empty", cut(SECOND, 0), 5, "model", (SECOND,)),
     ModelRow("a shard is longer", cut(SECOND, 100_000), 5, "model", (SECOND,)),
     ModelRow("a shard is a pointer", write(SECOND, LFS), 5, "model", (SECOND, "git-lfs")),

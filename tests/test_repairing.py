@@ -14,6 +14,7 @@ import torch
 from bayling_delta import apply, repair, system, verify
 from bayling_delta.errors import (
     BaylingDeltaError,
+    CheckpointError,
     IntegrityError,
     MismatchError,
     NoRecordError,
@@ -502,3 +503,33 @@ def test_a_manifest_without_a_digest_vouches_for_nothing(place: Path) -> None:
     path.write_text(json.dumps(manifest))
     absent(place / "model" / SUMS)
     refused(place, NoRecordError, "has no SHA-256 of")
+
+
+@pytest.mark.parametrize("size", [1, 3_000, 20_000, SHARD, 57_344, 70_000, 10**6])
+def test_how_a_model_was_cut_is_seen_by_its_files(place: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Where no manifest says it; also where a tensor alone is larger than a file should be."""
+    shutil.rmtree(place / "model")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    apply(place / "base", place / "delta", place / "model", max_shard_size=size)
+    before = contents(place / "model")
+    absent(place / "model" / "bayling-delta.json")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert mend(place)["repaired"] == ["bayling-delta.json", SUMS]
+    after = contents(place / "model")
+    for name in ("bayling-delta.json", SUMS):
+        del before[name], after[name]
+    assert before == after
+
+
+def test_what_to_do_is_told_where_nothing_can_be_mended(place: Path) -> None:
+    absent(place / "model" / "bayling-delta.json")
+    flip(shard(place / "model", 1))
+    with pytest.raises(IntegrityError) as error:
+        mend(place)
+    assert error.value.hint is not None
+    assert "'apply' makes the model elsewhere" in error.value.hint
+
+
+def test_a_model_that_is_not_there(place: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no directory with a model in it"):
+        repair(place / "nothing", base=place / "base", delta=place / "delta")

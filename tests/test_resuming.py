@@ -450,6 +450,26 @@ def test_a_directory_that_is_not_ours_is_neither_taken_up_nor_removed(tmp_path: 
     assert (tmp_path / "victim" / "mine").read_text() == "mine"
 
 
+def test_a_dry_run_says_what_is_finished(tmp_path: Path, pair: Pair) -> None:
+    end_before(2, pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    before = sorted((path, path.stat().st_mtime_ns) for path in partial.rglob("*"))
+    count = len(names_of(pair, tmp_path / "other"))
+    notes = plan_apply(*pair, tmp_path / "out", max_shard_size=SHARD).notes
+    assert [note for note in notes if f"2 of {count} weight files were finished by an earlier run" in note]
+    with pytest.raises(OutputError, match="was begun otherwise, and cannot be gone on with"):
+        plan_apply(*pair, tmp_path / "out")
+    assert not [note for note in plan_apply(*pair, tmp_path / "out", resume=False).notes if "earlier run" in note]
+    assert sorted((path, path.stat().st_mtime_ns) for path in partial.rglob("*")) == before
+
+
+def test_who_must_change_something_is_not_told_to_run_the_same_again(tmp_path: Path, pair: Pair) -> None:
+    with pytest.raises(IntegrityError) as ended:
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD, expect="0" * 64)
+    assert ended.value.hint is not None
+    assert ended.value.hint.endswith("; the next run takes them up")
+
+
 def test_an_input_where_the_output_grows_is_not_removed(tmp_path: Path, pair: Pair) -> None:
     partial = partial_path(tmp_path / "out")
     partial.mkdir()

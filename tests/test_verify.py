@@ -359,3 +359,35 @@ def test_a_list_of_weights_alone_says_nothing_of_other_files(model: Path) -> Non
     lines = (model / "SHA256SUMS").read_text().splitlines(keepends=True)
     (model / "SHA256SUMS").write_text("".join(line for line in lines if ".safetensors" in line))
     assert verify(model)["ok"]
+
+
+# what to do about it
+
+
+def test_how_to_mend_a_model_is_told(model: Path) -> None:
+    """It cannot be had from anywhere: that the files be downloaded again is no advice."""
+    shards(model)[1].unlink()
+    (model / "model.safetensors.index.json").write_bytes(b"")
+    with pytest.raises(IntegrityError) as error:
+        verify(model)
+    assert error.value.hint is not None
+    assert f"bayling-delta repair {model} --base BASE --delta DELTA" in error.value.hint
+    assert "download" not in str(error.value)
+
+
+def test_a_list_that_is_gone_is_told(model: Path) -> None:
+    (model / "SHA256SUMS").unlink()
+    told: list[str] = []
+    verify(model, tell=told.append)
+    assert [text for text in told if "SHA256SUMS: is not here" in text]
+
+
+@pytest.mark.parametrize("name", ["bayling-delta.json", "SHA256SUMS"])
+def test_the_other_record_finds_damage_where_one_cannot_be_read(model: Path, name: str) -> None:
+    (model / name).write_text("nonsense")
+    flip(shards(model)[2], -1)
+    flip(model / "config.json", 5)
+    with pytest.raises(CheckpointError) as error:
+        verify(model)
+    places = {Path(problem.where).name for problem in error.value.problems}
+    assert places >= {name, shards(model)[2].name, "config.json"}

@@ -244,7 +244,7 @@ def apply(
         if (tell := _note(quiet)) and (names := [name for name, given in unchecked if given]):
             tell(f"{' and '.join(names)}: needs digests, and is not checked by --dry-run")
         with _progress("check", quiet) as progress:
-            plan = preparing.plan_apply(base, delta, out, **options, progress=progress)
+            plan = preparing.plan_apply(base, delta, out, **options, resume=resume, progress=progress)
         document = describing.plan_document(plan)
         _show(document, report.plan_text(document, out), as_json=as_json, quiet=quiet)
         return

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +36,7 @@ __all__ = [
     "read_manifest",
     "read_sums",
     "sums_problems",
+    "usable_expectations",
 ]
 
 
@@ -193,12 +194,31 @@ def _read_list(path: Path, digits: int) -> dict[str, str]:
 
 
 def own_expectations(directory: Path) -> list[Expectation]:
-    """What lies beside a model's weights of records of it."""
+    """What lies beside a model's weights of records of it.
+
+    Raises:
+        CheckpointError: a record cannot be used.
+    """
+    written, problems = usable_expectations(directory)
+    refuse(problems)
+    return written
+
+
+def usable_expectations(directory: Path) -> tuple[list[Expectation], list[Problem]]:
+    """The records that lie beside a model's weights, and what is wrong with those that cannot be used."""
     readers = ((MANIFEST_NAME, read_manifest), (SUMS_NAME, read_sums), (CHECKLIST_NAME, _read_checklist))
-    written = [_as_record(read, directory / name) for name, read in readers if exists(directory / name)]
+    written: list[Expectation] = []
+    problems: list[Problem] = []
+    for name, read in readers:
+        try:
+            if exists(directory / name):
+                written.append(read(directory / name))
+        except CheckpointError as error:  # whatever is wrong with it, it is the record that is
+            problems += [replace(problem, kind="record") for problem in error.problems]
     names = list_directory(directory) if is_directory(directory) else []
-    files = downloaded_files(directory, names)
-    return [*written, _as_downloaded(directory, files)] if files else written
+    if files := downloaded_files(directory, names):
+        written.append(_as_downloaded(directory, files))
+    return written, problems
 
 
 def downloaded_files(directory: Path, names: Iterable[str]) -> dict[str, ExpectedFile]:
@@ -224,13 +244,6 @@ def listed_files(expectations: Iterable[Expectation], names: Iterable[str]) -> t
         [name for name, files in known.items() if any(file.sha256 or file.md5 for file in files)],
         [name for name, files in known.items() if any(file.md5 for file in files)],
     )
-
-
-def _as_record(read: Callable[[Path], Expectation], path: Path) -> Expectation:
-    try:
-        return read(path)
-    except CheckpointError as error:  # whatever is wrong with it, it is the record that is
-        raise CheckpointError([replace(problem, kind="record") for problem in error.problems]) from error
 
 
 def sums_problems(directory: Path, expectations: Sequence[Expectation]) -> list[Problem]:

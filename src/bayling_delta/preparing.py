@@ -30,6 +30,7 @@ from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, DEFAULT_SHARD_SIZE, Plan, m
 from bayling_delta.reads import read_files
 from bayling_delta.recipes import PLAIN, RECIPES, Recipe
 from bayling_delta.releases import Registry, load_releases
+from bayling_delta.resuming import look_back
 from bayling_delta.sources import exists
 from bayling_delta.staging import output_problems, place_problems
 from bayling_delta.suspicions import suspect
@@ -65,20 +66,29 @@ class Prepared:
 
 
 def plan_apply(
-    base: Path, delta: Path, out: Path, *, registry: Sequence[Path] = (), allow: Collection[str] = (), **options: Any
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    registry: Sequence[Path] = (),
+    allow: Collection[str] = (),
+    resume: bool = True,
+    **options: Any,
 ) -> Plan:
     """Open both checkpoints and plan their sum into the new directory ``out``; write nothing.
 
-    The options are those of `apply` that decide what the plan is. Of an id of the Hub, weights that are not in its
-    cache are a problem.
+    With ``resume`` a note says what an earlier run has left of it. The other options are those of `apply` that decide
+    what the plan is. Of an id of the Hub, weights that are not in its cache are a problem.
 
     Raises:
-        BaylingDeltaError: with everything that can be seen to be wrong.
+        BaylingDeltaError: with everything that can be seen to be wrong; what was left is of other inputs or options.
     """
     known = load_releases(registry)
     refuse_by_name(base, delta, out, known, allow)
     base, delta = local_copies([base, delta], fetch=False)
-    return prepare(base, delta, out, known, allow=allow, **options).plan
+    plan = prepare(base, delta, out, known, allow=allow, **options).plan
+    left = look_back(out, plan) if resume else None
+    return replace(plan, notes=(*plan.notes, left)) if left else plan
 
 
 def refuse_by_name(base: Path, delta: Path, out: Path, registry: Registry, allow: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from bayling_delta.applying import additions_on, look_up_inputs, result_problems
 from bayling_delta.checkpoint import JSON_CAP
 from bayling_delta.describing import result_digests, small_files, written_manifest
 from bayling_delta.engine import Outcome, Progress
-from bayling_delta.errors import BaylingDeltaError, CheckpointError, MismatchError, Problem, refuse
+from bayling_delta.errors import BaylingDeltaError, CheckpointError, IntegrityError, MismatchError, Problem, refuse
 from bayling_delta.expectations import Expectation, differences, read_sums
 from bayling_delta.hub import local_copies
 from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, file_entry, manifest_head, to_json, weights_digest
@@ -106,7 +106,11 @@ def manifest_anew(model: Path, means: Means) -> bytes:
         strict=False,
     )
     damage = [*found.problems, *differences(others, model, None, {}, found.files)]
-    refuse([*damage, *stray_files(found.checkpoint, [others])])
+    try:
+        refuse([*damage, *stray_files(found.checkpoint, [others])])
+    except IntegrityError as error:
+        error.hint = "with the manifest damaged too, nothing says how to mend these; 'apply' makes the model elsewhere"
+        raise
 
     old = _content(model / MANIFEST_NAME) or b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}
@@ -150,9 +154,13 @@ def _prepared_alike(
         BaylingDeltaError: there is none; what kept the first from being one.
     """
     weights: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
     for ref in found.checkpoint.tensors.values():
         weights[ref.views[0].file.name] += ref.elements * DTYPES[ref.dtype]
-    sizes = [int(left.get("max_shard_size", DEFAULT_SHARD_SIZE)), DEFAULT_SHARD_SIZE, max(weights.values(), default=1)]
+        tensors[ref.views[0].file.name] += 1
+    # A tensor that is alone in its file may be larger than a file should be.
+    as_it_is = max((size for name, size in weights.items() if tensors[name] > 1), default=1)
+    sizes = [int(left.get("max_shard_size", DEFAULT_SHARD_SIZE)), DEFAULT_SHARD_SIZE, as_it_is]
     dtypes = [left.get("dtype"), None, *({ref.dtype for ref in found.checkpoint.tensors.values()} & {*FLOATS})]
     base, delta = local_copies([means.base, means.delta], tell=means.tell)
     known = load_releases(means.registry)

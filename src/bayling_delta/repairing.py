@@ -62,6 +62,8 @@ def repair(
     means = Means(
         base, delta, memory_limit, threads, direct, device, registry, tell if tell else lambda _: None, progress
     )
+    if not is_directory(model):
+        refuse([Problem("not_found", str(model), "is no directory with a model in it")])
     refuse(place_problems(real_path(model), [base, delta]))
     repaired, notes = _mend_manifest(model, reason, means) if (reason := doubt(model)) else _mend_files(model, means)
     document = verify(model, memory_limit=memory_limit, threads=threads, progress=progress)

@@ -18,6 +18,7 @@ from bayling_delta.engine import Digests, Outcome, Progress
 from bayling_delta.errors import (
     BaylingDeltaError,
     CheckpointError,
+    InterruptedRunError,
     MismatchError,
     OutputError,
     Problem,
@@ -28,10 +29,10 @@ from bayling_delta.journal import Journal, read_journal, write_journal
 from bayling_delta.plan import OutputFile, Plan
 from bayling_delta.reads import ReadList, read_in_order_of, read_whole
 from bayling_delta.sources import changed, file_status
-from bayling_delta.staging import Staging
+from bayling_delta.staging import Staging, partial_path
 from bayling_delta.tally import Finished, FinishedFile, FinishedInput
 
-__all__ = ["Earlier", "journalled", "merged", "rest_of", "take_up"]
+__all__ = ["Earlier", "journalled", "look_back", "merged", "rest_of", "take_up"]
 
 _SCHEMA: Final = "bayling-delta/journal/1"
 _START_OVER: Final = "--no-resume starts over, or choose another output"
@@ -109,6 +110,42 @@ class Earlier:
         return (*self.inputs.values(), *self.files.values())
 
 
+def look_back(target: Path, plan: Plan) -> str | None:
+    """What an ended run has left of an output, as its journal says, in words; None where there is nothing.
+
+    Raises:
+        OutputError: it is of a run with other inputs or options, or cannot be used.
+    """
+    partial = partial_path(target)
+    names = {entry.name for entry in _entries(partial, plan) if isinstance(entry, FinishedFile)}
+    count = sum(1 for file in plan.files if file.name in names)
+    if not count:
+        return None
+    what = f"{count} of {len(plan.files)} weight files were finished by an earlier run"
+    return f"{partial}: {what}; those that are as it left them are taken up"
+
+
+def _entries(directory: Path, plan: Plan) -> list[Finished]:
+    """What the journal of an unfinished output says is finished; nothing where there is no journal.
+
+    Raises:
+        OutputError: it is of a run with other inputs or options, or cannot be used.
+    """
+    try:
+        found = read_journal(directory / "journal")
+    except CheckpointError as error:
+        message = f"{error.problems[0].message}; {_START_OVER}"
+        raise OutputError(Problem("unfinished", str(directory / "journal"), message)) from error
+    if found is None:
+        return []
+    head, entries = found
+    if changes := list(_changes(plan, head, _head(plan))):
+        message = "was begun otherwise, and cannot be gone on with"
+        where = str(directory)
+        raise OutputError([Problem("unfinished", where, f"{message}: {change}; {_START_OVER}") for change in changes])
+    return entries
+
+
 def take_up(
     staging: Staging,
     plan: Plan,
@@ -126,16 +163,7 @@ def take_up(
         OutputError: the journal is of a run with other inputs or options, or cannot be used.
         CheckpointError: a finished file cannot be read.
     """
-    try:
-        found = read_journal(staging.journal)
-    except CheckpointError as error:
-        message = f"{error.problems[0].message}; {_START_OVER}"
-        raise OutputError(Problem("unfinished", str(staging.journal), message)) from error
-    head, entries = found or ({}, [])
-    if found and (changes := list(_changes(plan, head, _head(plan)))):
-        message = "was begun otherwise, and cannot be gone on with"
-        where = str(staging.directory)
-        raise OutputError([Problem("unfinished", where, f"{message}: {change}; {_START_OVER}") for change in changes])
+    entries = _entries(staging.directory, plan)
     finished = _as_written(staging, plan, entries, threads, direct, progress)
     for name in staging.files():
         if name not in finished:
@@ -359,9 +387,10 @@ def journalled(staging: Staging, plan: Plan, earlier: Earlier) -> Iterator[Calla
         if staging.keep:
             _keep(staging, plan, head, kept, error)
         if isinstance(error, RunEndedError) and count:
+            what = f"{count} of {len(plan.files)} weight files are finished, in {staging.directory}"
+            once_more = isinstance(error, (InterruptedRunError, OutputError))
             error.hint = (
-                f"{count} of {len(plan.files)} weight files are finished, in {staging.directory}: "
-                "run the command again to go on"
+                f"{what}: run the command again to go on" if once_more else f"{what}; the next run takes them up"
             )
         raise
     journal.close()

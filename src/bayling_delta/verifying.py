@@ -23,13 +23,13 @@ from bayling_delta.expectations import (
     ExpectedFile,
     differences,
     listed_files,
-    own_expectations,
     read_manifest,
     sums_problems,
+    usable_expectations,
 )
 from bayling_delta.hub import local_copies
 from bayling_delta.identifying import expectation_of
-from bayling_delta.manifest import MANIFEST_NAME, parse_digest, weights_digest
+from bayling_delta.manifest import MANIFEST_NAME, SUMS_NAME, parse_digest, weights_digest
 from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.preparing import recipe_of
 from bayling_delta.recording import Found, digest_model
@@ -75,9 +75,10 @@ def verify(
     given = [path for path in (model, base, delta) if path is not None]
     local = dict(zip(given, local_copies(given, tell=tell), strict=True))
     model, base, delta = local[model], base and local[base], delta and local[delta]
-    expectations = _expectations(model, against, registry)
+    expectations, problems = _expectations(model, against, registry)
+    if not expectations:
+        refuse(problems)
     compared: list[dict[str, Any]] = []
-    problems: list[Problem] = []
     digest: str | None = None
     readable = True
     if expectations:
@@ -109,7 +110,10 @@ def verify(
         open_checkpoint(model)
         message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
         problems.append(Problem("no_record", str(model), message))
-    refuse(problems)
+    _refuse(problems, model, expectations)
+    sums = directory_of(model) / SUMS_NAME
+    if tell and against is None and not exists(sums) and _is_result(directory_of(model), expectations):
+        tell(f"{sums}: is not here, and belongs to what 'apply' makes; 'repair' writes it anew")
     loaded: dict[str, Any] | None = None
     if load:
         from bayling_delta.loading import load_and_generate
@@ -125,24 +129,49 @@ def verify(
     }
 
 
-def _expectations(model: Path, against: str | None, registry: Sequence[Path]) -> list[Expectation]:
-    """What the model is to be compared with: what ``against`` names, or what lies beside its weights."""
+def _refuse(problems: Sequence[Problem], model: Path, expectations: Sequence[Expectation]) -> None:
+    """Raise the problems, with the way to mend them where there is one."""
+    try:
+        refuse(problems)
+    except IntegrityError as error:
+        if _is_result(directory_of(model), expectations):
+            error.hint = f"what is damaged can be made anew: bayling-delta repair {model} --base BASE --delta DELTA"
+        raise
+
+
+def _is_result(directory: Path, expectations: Sequence[Expectation]) -> bool:
+    """Whether the manifest beside a model says that `apply` made it."""
+    own = str(directory / MANIFEST_NAME)
+    return any(expected.source == own and expected.operation == "apply" for expected in expectations)
+
+
+def _expectations(
+    model: Path, against: str | None, registry: Sequence[Path]
+) -> tuple[list[Expectation], list[Problem]]:
+    """What the model is to be compared with: what ``against`` names, or what lies beside its weights.
+
+    Also what is wrong with records beside it that cannot be used.
+    """
     if against is None:
-        return own_expectations(directory_of(model))
+        return usable_expectations(directory_of(model))
+    return [_named_expectation(model, against, registry)], []
+
+
+def _named_expectation(model: Path, against: str, registry: Sequence[Path]) -> Expectation:
     with suppress(ValueError):
-        return [Expectation("--against", parse_digest(against))]
+        return Expectation("--against", parse_digest(against))
     path = Path(against)
     manifest = path / MANIFEST_NAME if is_directory(path) else path
     known = load_releases(registry)
     release = known.find(against)
     if release is not None and release.name == against.lower():
         # As a release, even where a directory has its name: that may be the model's own, which proves nothing.
-        return [expectation_of(release, open_checkpoint(model))]
+        return expectation_of(release, open_checkpoint(model))
     if exists(manifest):
-        return [replace(read_manifest(manifest), files={})]  # another's files may be cut otherwise
+        return replace(read_manifest(manifest), files={})  # another's files may be cut otherwise
     if release is None:
         raise CheckpointError(Problem("not_found", against[:80], _no_record_named(against, path, known)))
-    return [expectation_of(release, open_checkpoint(model))]
+    return expectation_of(release, open_checkpoint(model))
 
 
 def _no_record_named(against: str, path: Path, known: Registry) -> str:
