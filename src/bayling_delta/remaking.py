@@ -85,8 +85,10 @@ class Means:
     progress: Progress | None
 
 
-def manifest_anew(model: Path, means: Means) -> bytes:
+def manifest_anew(model: Path, reason: str, means: Means) -> bytes:
     """The manifest of a model, from the inputs it was made of; its other files are what SHA256SUMS says.
+
+    ``reason`` is what is wrong with the one that there is.
 
     What nothing but the manifest says (the time, the options) is taken of what is left of it, if it then is, byte for
     byte, what SHA256SUMS says; else the time is now, and the options are some that make the same files.
@@ -106,11 +108,12 @@ def manifest_anew(model: Path, means: Means) -> bytes:
         strict=False,
     )
     damage = [*found.problems, *differences(others, model, None, {}, found.files)]
-    try:
-        refuse([*damage, *stray_files(found.checkpoint, [others])])
-    except IntegrityError as error:
-        error.hint = "with the manifest damaged too, nothing says how to mend these; 'apply' makes the model elsewhere"
-        raise
+    if damage := [*damage, *stray_files(found.checkpoint, [others])]:
+        error = IntegrityError([Problem("model", str(model / MANIFEST_NAME), reason), *damage])
+        error.hint = (
+            "with the manifest damaged too, nothing says how to mend the rest; 'apply' makes the model elsewhere"
+        )
+        raise error
 
     old = _content(model / MANIFEST_NAME) or b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}

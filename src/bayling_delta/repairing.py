@@ -83,7 +83,7 @@ def _mend_manifest(model: Path, reason: str, means: Means) -> tuple[list[str], l
     place = real_path(model)
     refuse(output_problems(place, 0, mending=True))
     with staged_files(place) as staging:
-        manifest = manifest_anew(model, means)
+        manifest = manifest_anew(model, reason, means)
         digests = {name: file.sha256 or "" for name, file in read_sums(model / SUMS_NAME).files.items()}
         wanted, digests[MANIFEST_NAME] = digests[MANIFEST_NAME], hashlib.sha256(manifest).hexdigest()
         write_file(staging.model / MANIFEST_NAME, manifest)
