@@ -654,3 +654,11 @@ def test_a_tensor_that_an_index_places_twice_is_refused(tmp_path: Path) -> None:
     index.write_text(text)
     with pytest.raises(CheckpointError, match=r"it has 'lm_head\.weight' twice"):
         open_checkpoint(directory)
+
+
+def test_a_file_that_is_named_by_its_path_may_have_any_name_that_can_be_printed(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "m:7b.safetensors")
+    assert open_checkpoint(tmp_path / "m:7b.safetensors").tensors.keys() == {"w"}
+    (tmp_path / "m:7b.safetensors").rename(tmp_path / "m\x1b[2J.safetensors")
+    with pytest.raises(CheckpointError, match="has a name that is none"):
+        open_checkpoint(tmp_path / "m\x1b[2J.safetensors")

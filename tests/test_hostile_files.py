@@ -333,7 +333,8 @@ def test_a_weight_file_whose_name_is_a_command_is_refused(tmp_path: Path, run: R
     (place / "model.safetensors").rename(place / name)
     ended = run(command.replace("{}", shlex.quote(str(place))))
     said = json.dumps(ended.document) + ended.errors
-    assert ended.code == 3
+    # inspect goes on with what can be read, and lists this as odd
+    assert ended.code == (0 if command.startswith("inspect") and "\n" not in name else 3)
     assert "no name on every system" in said or "has no model" in said
     assert not re.search("[\x1b\u202e]", said)
 

@@ -533,3 +533,11 @@ def test_what_to_do_is_told_where_nothing_can_be_mended(place: Path) -> None:
 def test_a_model_that_is_not_there(place: Path) -> None:
     with pytest.raises(CheckpointError, match="is no directory with a model in it"):
         repair(place / "nothing", base=place / "base", delta=place / "delta")
+
+
+def test_a_directory_in_the_place_of_the_manifest_is_seen_before_the_sum(place: Path) -> None:
+    absent(place / "model" / "bayling-delta.json").mkdir()
+    world = Census()
+    with system.using(world), pytest.raises(BaylingDeltaError, match="is a directory, where a file belongs"):
+        mend(place)
+    assert not [name for name in world.read if name.endswith(".bin")]

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -468,6 +469,46 @@ def test_who_must_change_something_is_not_told_to_run_the_same_again(tmp_path: P
         apply(*pair, tmp_path / "out", max_shard_size=SHARD, expect="0" * 64)
     assert ended.value.hint is not None
     assert ended.value.hint.endswith("; the next run takes them up")
+
+
+class OfAnother(System):
+    """A disk that gives files an owner of its own, as memory sticks and some network disks do."""
+
+    def stat(self, path: Path) -> os.stat_result:
+        fields = list(super().stat(path))
+        fields[stat.ST_UID] += 1
+        return os.stat_result(fields)
+
+
+def test_a_disk_that_gives_files_another_owner(tmp_path: Path, pair: Pair) -> None:
+    with system.using(OfAnother()):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+        verify(tmp_path / "out")
+    assert not partial_path(tmp_path / "out").exists()
+    end_before(2, pair, tmp_path / "other")
+    with system.using(OfAnother()), pytest.raises(OutputError, match="of this program for this user"):
+        apply(*pair, tmp_path / "other", max_shard_size=SHARD)
+    assert (partial_path(tmp_path / "other") / "journal").exists()
+
+
+def test_a_disk_that_keeps_no_times_loses_what_was_finished_and_nothing_else(tmp_path: Path, pair: Pair) -> None:
+    class Timeless(FullAt):
+        def stat(self, path: Path) -> os.stat_result:
+            found = super().stat(path)
+            fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+            return os.stat_result(tuple(found), fields | {"st_ctime_ns": 0})
+
+    end_before(2, pair, tmp_path / "out")
+    partial = partial_path(tmp_path / "out")
+    lines = documents_of((partial / "journal").read_bytes())
+    for entry in lines[1:]:
+        entry["changed_ns"] = 0
+    (partial / "journal").write_bytes(journal_of(lines))
+    world = Timeless("")
+    with system.using(world):
+        apply(*pair, tmp_path / "out", max_shard_size=SHARD)
+    assert set(names_of(pair, tmp_path / "other")) <= world.written
+    verify(tmp_path / "out")
 
 
 def test_an_input_where_the_output_grows_is_not_removed(tmp_path: Path, pair: Pair) -> None:

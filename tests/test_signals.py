@@ -16,6 +16,8 @@ import pytest
 from bayling_delta.cli import main
 from bayling_delta.crew import Crew, Station
 from bayling_delta.errors import BaylingDeltaError, InterruptedRunError
+from bayling_delta.staging import partial_path
+from bayling_delta.system import System
 from tests.failing import COMMANDS, Call, Stage, Watched
 from tests.running import Finished, Run
 
@@ -146,3 +148,39 @@ def test_a_signal_before_the_program_is_loaded_ends_it_without_a_traceback(tmp_p
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_signal_that_comes_while_the_output_is_renamed(stage: Stage, run: Run) -> None:
+    """The system has done it, and the program does not know it yet."""
+
+    class Renamed(System):
+        def rename_new(self, old: Path, new: Path) -> None:
+            super().rename_new(old, new)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+    stage.reset("apply")
+    ended = run(stage.command("apply"), Renamed())
+    assert ended.code == 128 + signal.SIGTERM
+    assert ended.document["error"]["hint"] == f"{stage.out} is whole, and has its name"
+    stage.check("apply", ended)
+    assert not partial_path(stage.out).exists()
+
+
+def test_threads_that_cannot_be_begun_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if len(begun) == 3:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    with pytest.raises(RuntimeError), Crew(8):
+        pass
+    for thread in begun:
+        thread.join(60)
+        assert not thread.is_alive()

@@ -344,14 +344,25 @@ STRAY = [
 @pytest.mark.parametrize("name", STRAY)
 def test_a_file_that_would_change_the_model_is_found(model: Path, name: str) -> None:
     (model / name).write_text("{}")
-    said = "does not belong to this model, and a loader may take it"
-    assert problems_of(model) == [("model", str(model / name), said)]
+    said = "does not belong to this model, and a loader may take it; move it away"
+    with pytest.raises(IntegrityError) as error:
+        verify(model)
+    assert [(problem.where, problem.message) for problem in error.value.problems] == [(str(model / name), said)]
+    assert error.value.hint is None  # to mend the model would not take it away
 
 
 def test_other_files_are_the_users(model: Path) -> None:
     for name in ("notes.txt", "LICENSE", ".gitattributes", "model.gguf"):
         (model / name).write_text("mine")
     assert verify(model)["ok"]
+
+
+def test_weights_in_other_forms_are_no_fault_of_anothers_model(place: Path, tmp_path: Path) -> None:
+    """Some releases have them beside those that are read here."""
+    model = Path(shutil.copytree(place / "other-form", tmp_path / "other"))
+    (model / "consolidated.safetensors").write_text("")
+    (model / "tf_model.h5").write_text("")
+    assert verify(model, against=record(model)["result"]["weights_digest"])["ok"]
 
 
 def test_a_list_of_weights_alone_says_nothing_of_other_files(model: Path) -> None:

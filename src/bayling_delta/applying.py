@@ -69,8 +69,9 @@ def apply(
     ``cuda`` or ``cuda:N``). Sizes are in bytes.
 
     ``registry`` names files with releases of one's own. ``check_inputs`` has both inputs digested and looked up
-    before anything is written; ``require_recorded`` refuses weight files that are on no record. ``allow`` names the
-    kinds of problem to overrule. ``tell`` is given what a user should know of the inputs, a sentence at a time.
+    before anything is written; ``require_recorded`` refuses weight files that are on no record, of the registry or of
+    this user's cache of the Hub. ``allow`` names the kinds of problem to overrule. ``tell`` is given what a user should
+    know of the inputs, a sentence at a time.
 
     ``out`` appears when it is complete and synced; if anything fails, it does not appear. What a run finished that was
     ended is in ``OUT.partial``, and is taken up by the next one with the same inputs and options; without ``resume``

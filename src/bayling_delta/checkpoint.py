@@ -168,7 +168,7 @@ def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[P
         if path.suffix == ".json":
             placed, problems = read_index(path)
             return path.parent, path, placed, (), problems
-        return path.parent, path, {path.name: None}, (), _lone_shard(path)
+        return path.parent, path, {path.name: None}, (), [*_lone_shard(path), *_unprintable(path)]
     if not is_directory(path):
         raise CheckpointError(_no_directory(path))
     names = list_directory(path)
@@ -187,6 +187,11 @@ def _find_files(path: Path) -> tuple[Path, Path, _Files, tuple[str, ...], list[P
         notes: tuple[str, ...] = ()
         if container == "safetensors" and any(re.fullmatch(LAYOUTS[1][3], name) for name in names):
             notes = (f"{path}: has both containers; the safetensors files are taken, as transformers does",)
+        problems += [
+            Problem("unsafe_name", str(path), f"has a file named {shown(name)!r}; {_RENAME}")
+            for name in shards
+            if not stays_in_directory(name)
+        ]
         return path, path / index, shards, notes, problems
     raise CheckpointError(Problem("not_found", str(path), _no_weights(names)))
 
@@ -250,6 +255,11 @@ def read_index(path: Path) -> tuple[_Files, list[Problem]]:
     return plain, problems
 
 
+def _unprintable(path: Path) -> list[Problem]:
+    """The finding that a file that the user names has a name that cannot be written down."""
+    return [] if path.name.isprintable() else [Problem("unsafe_name", str(path), f"has a name that is none; {_RENAME}")]
+
+
 def _lone_shard(path: Path) -> list[Problem]:
     """The finding that a single file is, by its name, one shard of several."""
     found = re.search(r"-([0-9]{1,9})-of-([0-9]{1,9})\.", path.name)
@@ -274,15 +284,11 @@ def directory_of(path: Path) -> Path:
     return path.parent if file_size(path) is not None else path
 
 
-_OTHER_WEIGHTS: Final = (
-    r"adapter_(model|config).*|consolidated.*\.(pth|safetensors)|tf_model.*\.h5|flax_model.*\.msgpack"
-)
-"""Weights that loaders take, or add to others, and that are not read here."""
-
-
 def loadable_files(directory: Path) -> list[str]:
     """The names in a directory that a loader would take for weights or for their index."""
-    patterns = "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in LAYOUTS) + r"|" + _OTHER_WEIGHTS
+    patterns = (
+        "|".join(f"{re.escape(index)}|{pattern}" for _, _, index, pattern in LAYOUTS) + r"|adapter_(model|config).*"
+    )
     return [name for name in list_directory(directory) if re.fullmatch(patterns, name)]
 
 
@@ -330,10 +336,6 @@ def _open_shards(
     for name, expected in files.items():
         shard = directory / name
         try:
-            if not stays_in_directory(name):
-                raise CheckpointError(
-                    Problem("unsafe_name", str(directory), f"has a file named {shown(name)!r}; {_RENAME}")
-                )
             if expected is not None and not exists(shard):
                 lacking += 1
                 if lacking > _MOST_TOLD:

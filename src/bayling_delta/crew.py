@@ -42,9 +42,13 @@ class Crew:
         ]
 
     def __enter__(self) -> "Crew":
-        for thread in self._threads:
-            self._running += 1
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+                self._running += 1
+        except BaseException:  # there are no more threads to be had
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,10 +56,10 @@ class Crew:
             self._stopped = True
             self._condition.notify_all()
         interrupted: BaseException | None = None
-        while self._running:  # a signal may end the waiting, and what comes next closes the threads' files
+        while self._running > 0:  # a signal may end the waiting, and what comes next closes the threads' files
             try:
                 with self._condition:  # join would take an interrupted thread for ended, in Python 3.10 and 3.11
-                    self._condition.wait_for(lambda: not self._running)
+                    self._condition.wait_for(lambda: self._running <= 0)
             except BaseException as error:
                 interrupted = error
         if interrupted is not None:

@@ -90,6 +90,6 @@ def mended(problem: Problem, path: Path) -> Problem:
     """
     if problem.kind not in _MENDABLE:
         return problem
-    if exists(path.parent / _OF_RESULTS) and expected_sha256(path) is None:
+    if exists(path.parent / _OF_RESULTS) and origin(path.parent) is None and expected_sha256(path) is None:
         return replace(problem, message=re.split("[;,] (and )?download", problem.message, flags=re.IGNORECASE)[0])
     return replace(problem, message=f"{problem.message}: {download_again(path)}")

@@ -319,10 +319,9 @@ def _report(
         # A damaged file is not called finished: a later run reads it again, and finds the damage again.
         if any(file.name == finished.name for side in inputs for file in side.reader.records.damaged_files()):
             return
-    else:
-        finished = replace(
-            finished, non_finite={name: non_finite[name] for name in finished.tensors if name in non_finite}
-        )
+        report(finished)
+        return
+    finished = replace(finished, non_finite={name: non_finite[name] for name in finished.tensors if name in non_finite})
     report(finished)
     tell(finished)
 
@@ -343,10 +342,10 @@ class _HandOver:
         self._held: deque[Window] = deque()
         self._unreported = False
 
-    def take(self, message: Window | Finished) -> None:
+    def take(self, message: Window | FinishedFile) -> None:
         if isinstance(message, Window):
             self._held.append(message)
-        elif isinstance(message, FinishedFile):
+        else:
             self._unreported = False
         while self._held and not self._unreported:
             window = self._held.popleft()

@@ -81,7 +81,7 @@ def _mend_manifest(model: Path, reason: str, means: Means) -> tuple[list[str], l
     """Write a damaged manifest anew; the names of what was written, and what to say of it."""
     means.tell(f"{model / MANIFEST_NAME}: {reason}; it is made anew, for which base and delta are added once more")
     place = real_path(model)
-    refuse(output_problems(place, 0, mending=True))
+    refuse([*output_problems(place, 0, mending=True), *_obstacles(model, [MANIFEST_NAME, SUMS_NAME])])
     with staged_files(place) as staging:
         manifest = manifest_anew(model, reason, means)
         digests = {name: file.sha256 or "" for name, file in read_sums(model / SUMS_NAME).files.items()}

@@ -224,7 +224,7 @@ def _is_as_written(
     Raises:
         BaylingDeltaError: it cannot be read.
     """
-    if staging.changed_ns(entry.name) != entry.changed_ns:
+    if entry.changed_ns <= 0 or staging.changed_ns(entry.name) != entry.changed_ns:
         return False
     container, file, refs = open_weights(staging.model / entry.name)
     if container != "safetensors" or file.size != planned.size:
@@ -259,6 +259,7 @@ def _fits_input(entry: FinishedInput, plan: Plan) -> bool:
     reads = {"base": plan.base_reads, "delta": plan.delta_reads}.get(entry.role)
     if (
         reads is None
+        or entry.changed_ns <= 0
         or _input_changed_ns(entry, plan) != entry.changed_ns
         or entry.name not in reads.files
         or (entry.md5 is None) == (entry.name in reads.md5)

@@ -88,7 +88,7 @@ class Staging:
             system.calls.sync_directory(directory)
 
     def changed_ns(self, name: str) -> int:
-        """When a file that was made was last changed in any way: a time that nobody can choose, on Linux and macOS.
+        """When a file that was made was last changed in any way: a time that nobody can choose, on a disk of one's own.
 
         Raises:
             OutputError: the system refuses.
@@ -281,6 +281,7 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
     partial = partial_path(target)
     handle = _acquire(partial)
     staging = Staging(partial, keep=resume)
+    renaming = False
     try:
         try:
             if not resume:
@@ -295,10 +296,15 @@ def staged_directory(target: Path, *, resume: bool = True) -> Iterator[Staging]:
             yield staging
             with reported(target):
                 system.calls.sync_directory(staging.model)
+                renaming = True
                 system.calls.rename_new(staging.model, target)
-                staging.keep, staging.named = False, True
+                staging.named = True
                 system.calls.sync_directory(target.parent)
         finally:
+            if renaming and not staging.named:  # a signal may have come when it was done, and not yet known here
+                with suppress(OSError):
+                    staging.named = not system.calls.exists(staging.model)
+            staging.keep &= not staging.named
             if not staging.keep:
                 _remove(partial)
             system.close_safely(handle)
@@ -364,7 +370,7 @@ def _acquire(partial: Path) -> int:
             with suppress(FileExistsError):
                 system.calls.make_directory(partial)
                 made = True
-            if stranger := _stranger(partial):
+            if not made and (stranger := _stranger(partial)):
                 raise OutputError(Problem("output_exists", str(partial), stranger))
             path = partial / "lock"
             try:

@@ -1,11 +1,12 @@
 """Check a model against what is recorded of it, or against the sum of a base and a delta made anew."""
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from bayling_delta.applying import additions_on, input_problems
 from bayling_delta.checkpoint import Checkpoint, directory_of, loadable_files, open_checkpoint
 from bayling_delta.companions import COPIED
 from bayling_delta.describing import result_digests
-from bayling_delta.downloads import expected_sha256
+from bayling_delta.downloads import expected_sha256, origin
 from bayling_delta.engine import DEFAULT_THREADS, Progress
 from bayling_delta.errors import CheckpointError, IntegrityError, Problem, refuse
 from bayling_delta.expectations import (
@@ -34,9 +35,12 @@ from bayling_delta.plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from bayling_delta.preparing import recipe_of
 from bayling_delta.recording import Found, digest_model
 from bayling_delta.releases import Registry, load_releases
-from bayling_delta.sources import exists, is_directory
+from bayling_delta.sources import exists, is_directory, list_directory
 
 __all__ = ["verify"]
+
+_OTHER_WEIGHTS: Final = r"consolidated.*\.(pth|safetensors)|tf_model.*\.h5|flax_model.*\.msgpack"
+"""Weights in forms that are not read here, and that no result has."""
 
 
 def verify(
@@ -79,6 +83,7 @@ def verify(
     if not expectations:
         refuse(problems)
     compared: list[dict[str, Any]] = []
+    strangers: list[Problem] = []
     digest: str | None = None
     readable = True
     if expectations:
@@ -94,7 +99,8 @@ def verify(
         )
         problems += against_expectations(found, expectations)
         problems += unlisted_weights(found, expectations)
-        problems += stray_files(found.checkpoint, expectations)
+        strangers = stray_files(found.checkpoint, expectations)
+        problems += strangers
         if against is None:
             problems += sums_problems(directory_of(model), expectations)
         compared += [_comparison(expected) for expected in expectations]
@@ -110,7 +116,8 @@ def verify(
         open_checkpoint(model)
         message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
         problems.append(Problem("no_record", str(model), message))
-    _refuse(problems, model, expectations)
+    mendable = not strangers and origin(directory_of(model)) is None and _is_result(directory_of(model), expectations)
+    _refuse(problems, model if mendable else None)
     sums = directory_of(model) / SUMS_NAME
     if tell and against is None and not exists(sums) and _is_result(directory_of(model), expectations):
         tell(f"{sums}: is not here, and belongs to what 'apply' makes; 'repair' writes it anew")
@@ -129,13 +136,14 @@ def verify(
     }
 
 
-def _refuse(problems: Sequence[Problem], model: Path, expectations: Sequence[Expectation]) -> None:
-    """Raise the problems, with the way to mend them where there is one."""
+def _refuse(problems: Sequence[Problem], mendable: Path | None) -> None:
+    """Raise the problems, with the way to mend the model where there is one."""
     try:
         refuse(problems)
     except IntegrityError as error:
-        if _is_result(directory_of(model), expectations):
-            error.hint = f"what is damaged can be made anew: bayling-delta repair {model} --base BASE --delta DELTA"
+        if mendable:
+            words = ["bayling-delta", "repair", str(mendable), "--base", "BASE", "--delta", "DELTA"]
+            error.hint = f"what is damaged can be made anew: {shlex.join(words)}"
         raise
 
 
@@ -270,11 +278,10 @@ def stray_files(checkpoint: Checkpoint, expectations: Sequence[Expectation]) -> 
     if any(expected.source == str(checkpoint.directory / MANIFEST_NAME) for expected in expectations):
         # A manifest lists every file that a loader reads; a list of digests may be of the weights alone.
         names += [name for name in COPIED if exists(checkpoint.directory / name)]
-    return [
-        Problem("model", str(checkpoint.directory / name), "does not belong to this model, and a loader may take it")
-        for name in names
-        if name not in known
-    ]
+    if _is_result(checkpoint.directory, expectations):
+        names += [name for name in list_directory(checkpoint.directory) if re.fullmatch(_OTHER_WEIGHTS, name)]
+    message = "does not belong to this model, and a loader may take it; move it away"
+    return [Problem("model", str(checkpoint.directory / name), message) for name in names if name not in known]
 
 
 def against_sum(plan: Plan, found: dict[str, Difference]) -> list[Problem]:
