@@ -732,16 +732,24 @@ def test_a_run_dies_at_every_change_of_the_disk(
 
 @pytest.mark.long
 def test_200_runs_are_killed_at_random_moments(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    """The program itself, with kill -9; each time a second run, or a third, ends the work."""
+    """The program itself, with kill -9, most often while it writes; a second run, or a third, ends the work."""
     pair = in_order(tmp_path)
-    inputs = ("--base", str(pair[0]), "--delta", str(pair[1]), "--max-shard-size", "40kB", "--quiet")
+    inputs = ("--base", str(pair[0]), "--delta", str(pair[1]), "--max-shard-size", "9kB", "--quiet")
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "bayling_delta", "apply", *inputs, "--out", str(out)]
         return subprocess.Popen(words, stderr=subprocess.DEVNULL)
 
-    began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
+    def begun(out: Path, process: subprocess.Popen[bytes]) -> float:
+        """When it begins to write; before that it loads itself, and reads headers."""
+        lock = partial_path(out) / "lock"
+        while process.poll() is None and not (lock.exists() and f'"pid": {process.pid},' in lock.read_text()):
+            time.sleep(0.001)
+        return time.monotonic()
+
+    first = start(tmp_path / "whole")
+    began = begun(tmp_path / "whole", first)
+    assert first.wait() == 0
     usual = time.monotonic() - began
     random = Random(7)
     killed = resumed = 0
@@ -749,7 +757,11 @@ def test_200_runs_are_killed_at_random_moments(tmp_path: Path, record_property: 
         out = tmp_path / f"out-{number}"
         for _ in range(2):
             process = start(out)
-            time.sleep(random.uniform(0.2, 1.05) * usual)
+            if number % 8:  # the others die before anything is written
+                begun(out, process)
+                time.sleep(random.uniform(0, 0.9 * usual))
+            else:
+                time.sleep(random.uniform(0, 0.5))
             process.kill()
             killed += process.wait() != 0
             if out.exists():
@@ -765,6 +777,7 @@ def test_200_runs_are_killed_at_random_moments(tmp_path: Path, record_property: 
     record_property("killed", killed)
     record_property("left something to go on with", resumed)
     assert killed >= 200
+    assert resumed >= 100, resumed
 
 
 def test_what_was_left_when_only_the_last_step_was_missing_is_removed(tmp_path: Path, pair: Pair) -> None:

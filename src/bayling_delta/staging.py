@@ -41,7 +41,7 @@ _OWNER_CAP: Final = 4096
 _OTHER_FILES: Final = 16
 """Directories, lock and journal, and what lies beside the weights, generously."""
 _LOCK_TRIES: Final = 5
-_LOCK_SECONDS: Final = 0.2
+_LOCK_SECONDS: Final = 0.1
 _ELSEWHERE: Final = "choose another output, or move it away"
 
 
