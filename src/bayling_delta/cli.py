@@ -560,6 +560,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except InterruptedRunError as error:
         code = 128 + error.signal_number
         _fail(report.failure_document(command, error), report.failure_text(error), as_json="--json" in words)
+    _give_up_what_is_unwritten()
     sys.exit(code)
 
 
@@ -608,6 +609,16 @@ def _carry_out(words: list[str], command: str) -> int:
         message = f"a fault in bayling-delta ({what}); run again with --debug and report what it prints"
         return _give_up(command, message, as_json=as_json)
     return 0
+
+
+def _give_up_what_is_unwritten() -> None:
+    """Have the interpreter not fail, with a code of its own, over what a stream has not taken and will not."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _take_closed_streams() -> None:
