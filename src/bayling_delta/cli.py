@@ -595,19 +595,17 @@ def _carry_out(words: list[str], command: str) -> int:
         return 6
     except OSError as error:  # what happens to files is reported as such by now
         if error.errno == errno.ENOMEM:
-            return _give_up(command, _NO_MEMORY.format(error.strerror), as_json=as_json)
+            return _give_up(command, "internal", _NO_MEMORY.format(error.strerror), as_json=as_json)
         what = "standard output cannot be written" if error.filename is None else f"{error.filename}: is refused"
-        message = f"{what} ({error.strerror})"
-        _fail(report.usage_document(command, "output", message), report.readable(f"error: {message}"), as_json=as_json)
-        return 6
+        return _give_up(command, "output", f"{what} ({error.strerror})", as_json=as_json)
     except Exception as error:  # the one place where a fault of ours becomes an exit code
         if "--debug" in words:
             raise
         what = f"{type(error).__name__}: {error}"
         if isinstance(error, MemoryError) or "start new thread" in str(error):
-            return _give_up(command, _NO_MEMORY.format(what), as_json=as_json)
+            return _give_up(command, "internal", _NO_MEMORY.format(what), as_json=as_json)
         message = f"a fault in bayling-delta ({what}); run again with --debug and report what it prints"
-        return _give_up(command, message, as_json=as_json)
+        return _give_up(command, "internal", message, as_json=as_json)
     return 0
 
 
@@ -630,10 +628,10 @@ def _take_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # which takes the first place that is free
 
 
-def _give_up(command: str, message: str, *, as_json: bool) -> int:
-    """Tell of a fault that is not about checkpoints; return the exit code."""
-    _fail(report.usage_document(command, "internal", message), report.readable(f"error: {message}"), as_json=as_json)
-    return 1
+def _give_up(command: str, category: str, message: str, *, as_json: bool) -> int:
+    """Tell of a fault that is not about checkpoints, ``internal`` or of the ``output``; return the exit code."""
+    _fail(report.usage_document(command, category, message), report.readable(f"error: {message}"), as_json=as_json)
+    return 6 if category == "output" else 1
 
 
 def _fail(document: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from bayling_delta.sources import exists, open_source, read_bytes, read_file
 from bayling_delta.tensors import DTYPES, FLOATS
 from bayling_delta.verifying import stray_files
 
-__all__ = ["Means", "doubt", "manifest_anew"]
+__all__ = ["Means", "content_of", "doubt", "manifest_anew"]
 
 _MARKS: Final = {
     "created": rb'"created": "(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)"',
@@ -54,7 +54,7 @@ def doubt(model: Path) -> str | None:
         return None
     if not exists(model / MANIFEST_NAME):
         return f"is not there, and {SUMS_NAME} lists it"
-    content = _content(model / MANIFEST_NAME)
+    content = content_of(model / MANIFEST_NAME)
     if content is None:
         return "cannot be read"
     found = hashlib.sha256(content).hexdigest()
@@ -62,10 +62,10 @@ def doubt(model: Path) -> str | None:
     return None if alike >= _ALIKE else f"its SHA-256 is {found}; {SUMS_NAME} says {wanted.sha256}"
 
 
-def _content(path: Path) -> bytes | None:
-    """The bytes of a file; None where it cannot be read."""
+def content_of(path: Path, limit: int = JSON_CAP) -> bytes | None:
+    """The bytes of a file that may be damaged; None where it cannot be read, or has more than ``limit``."""
     try:
-        return read_file(path, JSON_CAP)
+        return read_file(path, limit)
     except CheckpointError:
         return None
 
@@ -115,7 +115,7 @@ def manifest_anew(model: Path, reason: str, means: Means) -> bytes:
         )
         raise error
 
-    old = _content(model / MANIFEST_NAME) or b""
+    old = content_of(model / MANIFEST_NAME) or b""
     left = {key: mark[1].decode() for key, pattern in _MARKS.items() if (mark := re.search(pattern, old))}
     allow = re.findall("[a-z_]+", left.get("allow", ""))
     prepared, head = _prepared_alike(means, left, allow, found, sums)

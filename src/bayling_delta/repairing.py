@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from bayling_delta.applying import additions_on
 from bayling_delta.checkpoint import JSON_CAP, Checkpoint, WeightFile, open_checkpoint, read_table
 from bayling_delta.describing import small_files
 from bayling_delta.engine import DEFAULT_THREADS, Progress
-from bayling_delta.errors import CheckpointError, Problem, refuse
+from bayling_delta.errors import Problem, refuse
 from bayling_delta.expectations import Expectation, read_manifest, read_sums
 from bayling_delta.files import copy_file, write_file
 from bayling_delta.hub import local_copies
@@ -23,9 +23,9 @@ from bayling_delta.recipes import RECIPES
 from bayling_delta.recording import digest_model
 from bayling_delta.release_entry import Release
 from bayling_delta.releases import load_releases
-from bayling_delta.remaking import Means, doubt, manifest_anew
+from bayling_delta.remaking import Means, content_of, doubt, manifest_anew
 from bayling_delta.sinks import DirectorySink
-from bayling_delta.sources import exists, file_size, is_directory, link_target, open_source, read_file, real_path
+from bayling_delta.sources import exists, is_directory, link_target, open_source, read_file, real_path
 from bayling_delta.staging import Staging, output_problems, place_problems, staged_files
 from bayling_delta.verifying import stray_files, verify
 
@@ -167,7 +167,7 @@ def _damaged(model: Path, expected: Expectation, manifest: Mapping[str, Any], me
         if name not in found.files or (found.files[name].size, found.files[name].sha256) != (file.size, file.sha256)
     ]
     sums = _sums(model, manifest)
-    if _content(model / SUMS_NAME, len(sums)) != sums:
+    if content_of(model / SUMS_NAME, len(sums)) != sums:
         damaged.append(SUMS_NAME)
     return damaged
 
@@ -179,13 +179,6 @@ def _obstacles(model: Path, names: Iterable[str]) -> list[Problem]:
         for name in names
         if is_directory(model / name) and not link_target(model / name)
     ]
-
-
-def _content(path: Path, size: int) -> bytes | None:
-    """The bytes of a file; None where it is not there, cannot be read, or has not so many."""
-    with suppress(CheckpointError):
-        return read_file(path, size) if file_size(path) == size else None
-    return None
 
 
 def _sums(model: Path, manifest: Mapping[str, Any]) -> bytes:

@@ -161,7 +161,7 @@ def take_up(
 
     Raises:
         OutputError: the journal is of a run with other inputs or options, or cannot be used.
-        CheckpointError: a finished file cannot be read.
+        CheckpointError: the system does not tell of an input.
     """
     entries = _entries(staging.directory, plan)
     finished = _as_written(staging, plan, entries, threads, direct, progress)
@@ -197,14 +197,15 @@ def _as_written(
     found: dict[str, FinishedFile] = {}
     for name, entry in called.items():
         before = sum(file.size for file in found.values())
-        move = _from(before, plan.output_bytes, progress)
+        move = _within(before, plan.output_bytes, progress)
         with suppress(BaylingDeltaError):  # what cannot be read is not as it was written
             if _is_as_written(staging, planned[name], entry, plan, threads, direct, move):
                 found[name] = entry
     return found
 
 
-def _from(before: int, total: int, progress: Progress | None) -> Progress | None:
+def _within(before: int, total: int, progress: Progress | None) -> Progress | None:
+    """The progress of a part of a whole, of which so many bytes come before."""
     return (lambda done, _: progress(before + done, total)) if progress else None
 
 

@@ -79,7 +79,9 @@ def verify(
     given = [path for path in (model, base, delta) if path is not None]
     local = dict(zip(given, local_copies(given, tell=tell), strict=True))
     model, base, delta = local[model], base and local[base], delta and local[delta]
+    directory = directory_of(model)
     expectations, problems = _expectations(model, against, registry)
+    is_result = _is_result(directory, expectations)
     if not expectations:
         refuse(problems)
     compared: list[dict[str, Any]] = []
@@ -102,7 +104,7 @@ def verify(
         strangers = stray_files(found.checkpoint, expectations)
         problems += strangers
         if against is None:
-            problems += sums_problems(directory_of(model), expectations)
+            problems += sums_problems(directory, expectations)
         compared += [_comparison(expected) for expected in expectations]
         readable = found.tensors is not None
         digest = weights_digest(found.tensors.values()) if found.tensors is not None else None
@@ -116,10 +118,9 @@ def verify(
         open_checkpoint(model)
         message = "there is no manifest and no SHA256SUMS in it; give a record with --against, or --base and --delta"
         problems.append(Problem("no_record", str(model), message))
-    mendable = not strangers and origin(directory_of(model)) is None and _is_result(directory_of(model), expectations)
-    _refuse(problems, model if mendable else None)
-    sums = directory_of(model) / SUMS_NAME
-    if tell and against is None and not exists(sums) and _is_result(directory_of(model), expectations):
+    _refuse(problems, model if is_result and not strangers and origin(directory) is None else None)
+    sums = directory / SUMS_NAME
+    if tell and against is None and is_result and not exists(sums):
         tell(f"{sums}: is not here, and belongs to what 'apply' makes; 'repair' writes it anew")
     loaded: dict[str, Any] | None = None
     if load:
